@@ -1,0 +1,67 @@
+"""The command line: one small file per command, no logic, heavy imports only inside the commands."""
+
+import sys
+
+import typer
+
+from glocal.cli.check import check
+from glocal.cli.collect import collect
+from glocal.cli.demo import demo
+from glocal.cli.evaluate import evaluate
+from glocal.cli.finetune import finetune
+from glocal.cli.methods import methods
+from glocal.cli.phantom import phantom
+from glocal.cli.predict import predict
+from glocal.cli.preprocess import preprocess
+from glocal.cli.pretrain import pretrain
+from glocal.cli.recipes import recipes
+from glocal.cli.report import report
+from glocal.cli.run import run
+
+app = typer.Typer(
+    name="glocal",
+    help="Segment medical volumes from a handful of labels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+START, DATA, STEPS = "Start here", "Your data", "Step by step"
+for command, panel in (
+    (demo, START),
+    (run, START),
+    (recipes, START),
+    (methods, START),
+    (phantom, DATA),
+    (collect, DATA),
+    (check, DATA),
+    (preprocess, STEPS),
+    (pretrain, STEPS),
+    (finetune, STEPS),
+    (predict, STEPS),
+    (evaluate, STEPS),
+    (report, STEPS),
+):
+    app.command(rich_help_panel=panel)(command)
+
+
+def main() -> None:
+    """Run the command line; a problem the user can solve is one sentence and exit code 2."""
+    from glocal.errors import GlocalError
+
+    try:
+        app()
+    except GlocalError as error:
+        typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.secho("Stopped. Start the same command again and it continues.", err=True)
+        sys.exit(130)
+    except OSError as error:
+        from glocal.files import explained
+
+        sentence = explained(error)
+        if sentence is None:
+            raise
+        typer.secho(f"Error: {sentence}", fg=typer.colors.RED, err=True)
+        sys.exit(2)

@@ -1,0 +1,35 @@
+"""`glocal finetune`: one fine-tuning."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def finetune(
+    store: Annotated[Path, typer.Argument(help="What `glocal preprocess` made.")],
+    run: Annotated[Path, typer.Argument(help="Folder of the run; a begun one is continued.")],
+    labels: Annotated[str, typer.Option(help="Labelled volumes: a number, or cases by name: CASE,CASE.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings, for example max_iterations=1000 draw=1 validation=2."),
+    ] = None,
+    pretrained: Annotated[
+        Path | None, typer.Option("--from", help="A pre-training run or model file; default: random weights.")
+    ] = None,
+) -> None:
+    """Fine-tune on a few labelled volumes; test cases, where there are any, are predicted and measured."""
+    from glocal.experiments.steps import finetune_with
+
+    model = finetune_with(store, run, labels, pretrained, words or [])
+    if (run / "transfer.txt").exists():
+        typer.echo((run / "transfer.txt").read_text(encoding="utf-8").strip())
+    if (run / "evaluation.csv").exists():
+        from rich.console import Console
+
+        from glocal.experiments.tables import class_table
+
+        Console().print(class_table(run))
+    else:
+        typer.echo("No labelled volume was kept for testing: the model has no Dice of unseen cases.")
+    typer.echo(f"Model: {model}. Next: glocal predict {run} IMAGES OUT, or glocal report {run}")

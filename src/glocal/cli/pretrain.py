@@ -1,0 +1,22 @@
+"""`glocal pretrain`: one pre-training."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def pretrain(
+    store: Annotated[Path, typer.Argument(help="What `glocal preprocess` made.")],
+    run: Annotated[Path, typer.Argument(help="Folder of the run; a begun one is continued.")],
+    method: Annotated[str, typer.Option(help="See `glocal methods`.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings, for example max_iterations=2000 seed=1 device=cpu."),
+    ] = None,
+) -> None:
+    """Pre-train a network on the unlabelled images of a store."""
+    from glocal.experiments.steps import pretrain_with
+
+    model = pretrain_with(store, run, method, words or [])
+    typer.echo(f"Weights: {model}. Next: glocal finetune {store} RUN --from {run} --labels 2")

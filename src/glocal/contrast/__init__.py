@@ -1,0 +1,1 @@
+"""Contrast: who attracts and repels whom, and how much."""

@@ -1,0 +1,385 @@
+"""Check a raw dataset before anything is computed from it: every file is read once, all problems are told at once."""
+
+import gzip
+import hashlib
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import SimpleITK as sitk  # noqa: N813
+from numpy.typing import NDArray
+
+from glocal.data import dataset as raw
+from glocal.data.image import FILE_ENDINGS, Geometry, file_ending, geometry_of, is_volume_file, read_file
+from glocal.errors import GlocalError
+from glocal.progress import track
+
+Severity = Literal["error", "warning", "note"]
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+
+TOLERANCE = 1e-3  # relative to the spacing; NIfTI rounds to single precision
+DISTINCT = 1.1  # slices lie along the axis whose spacing is this much larger than the others, as in preprocessing
+TINY = 20  # voxels of foreground
+FLAT = 3  # a volume this much wider than high hardly has cubic voxels
+PLANES = dict(zip("LRPASI", ("sagittal", "sagittal", "coronal", "coronal", "axial", "axial"), strict=True))
+
+# Every rule in one place: how bad it is, and the way out.
+RULES: dict[str, tuple[Severity, str]] = {
+    "description": ("error", "Correct dataset.json; `glocal collect` writes one for a folder of images."),
+    "no-images": ("error", "Put images as CASE_0000.nii.gz into imagesTr, or let `glocal collect` do it."),
+    "image-name": ("error", "Name every image CASE_0000 plus its ending, the number being the channel."),
+    "channels": ("error", "Give every case one file per channel of channel_names in dataset.json."),
+    "subjects": ("error", "Correct subjects.tsv: one line `case<TAB>subject` for every case."),
+    "split": ("error", "Correct split.json: lists of case names, all cases of a subject in one list."),
+    "label-without-image": ("error", "Add the image, or move the label map out of labelsTr."),
+    "unreadable": ("error", "Copy or export the file again, or remove the case."),
+    "dimensions": ("error", "Store one 3-D volume per file: frames as cases, components as channels."),
+    "single-slice": ("warning", "Store whole volumes: one slice has no place in a volume to learn from."),
+    "channel-geometry": ("error", "Resample the channels of the case to one grid."),
+    "label-geometry": ("error", "Resample the label map, or copy the image's header if the voxels match."),
+    "direction": ("error", "Resample to axes at right angles, or correct the header."),
+    "direction-unknown": ("warning", "Look at it in a viewer: left, right, front and back are guesses."),
+    "not-finite": ("error", "Replace NaN and infinite voxels, for example by the value of air."),
+    "not-finite-read-as-0": ("warning", "Replace these voxels yourself if 0 is not the background."),
+    "constant": ("error", "Export the image again, or remove the case: it shows nothing."),
+    "label-not-whole": ("error", "Resample label maps with nearest neighbours; store whole numbers."),
+    "label-unknown": ("error", "Name the value under labels in dataset.json, or relabel its voxels."),
+    "label-empty": ("warning", "Remove the label map if nobody segmented the case: it then counts as unlabelled."),
+    "label-tiny": ("warning", "Look whether the label map is finished."),
+    "label-missing": ("warning", "Remove the label from dataset.json, or look whether its value is right."),
+    "no-labels": ("warning", "Pre-training works; fine-tuning and evaluation need label maps in labelsTr."),
+    "duplicate": ("error", "Remove all but one, or give them the same subject in subjects.tsv."),
+    "duplicate-in-subject": ("warning", "Remove all but one: the same image counts more than once."),
+    "count": ("warning", "Look whether files are missing, then correct numTraining in dataset.json."),
+    "orientation": ("note", "Nothing to do: their axes will be reordered."),
+    "slice-axis-mixed": ("warning", "Check one of each in a viewer; slices of different planes show different views."),
+    "slice-axis-guessed": ("note", "Set slice_axis in the recipe if that is not what you want."),
+    "placeholder-spacing": ("note", "If so, say spacing_known: false in the recipe: no distance in mm is right."),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One problem: how bad, a stable code, the case (None: the dataset), what is wrong, and the way out."""
+
+    severity: Severity
+    code: str
+    case: str | None
+    message: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """All findings, errors first, and a summary of what was read (counts; ranges of size and spacing in x, y, z)."""
+
+    root: Path
+    findings: list[Finding]
+    summary: dict[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        """Whether there are no errors; warnings and notes are allowed."""
+        return not any(finding.severity == "error" for finding in self.findings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain values, for JSON."""
+        findings = [asdict(finding) for finding in self.findings]
+        return {"dataset": str(self.root), "ok": self.ok, "summary": self.summary, "findings": findings}
+
+
+@dataclass
+class _Layout:
+    """What the folder holds, as far as it can be understood: files, what dataset.json says, subjects by case."""
+
+    images: dict[str, dict[int, Path]]
+    labels: dict[str, Path]
+    description: raw.Description | None
+    subjects: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Facts:
+    """What reading one case gave; `values` are those of its label map."""
+
+    case: str
+    geometry: Geometry | None = None
+    digest: str | None = None
+    values: frozenset[int] = frozenset()
+    findings: list[Finding] = field(default_factory=list)
+
+    def add(self, code: str, message: str) -> None:
+        self.findings.append(_finding(code, message, self.case))
+
+
+def _finding(code: str, message: str, case: str | None = None) -> Finding:
+    severity, remedy = RULES[code]
+    return Finding(severity, code, case, message, remedy)
+
+
+def check(root: Path, workers: int | None = None) -> CheckReport:
+    """Read every file of a raw dataset and report what is wrong with it; a bad dataset is reported, never raised.
+
+    `workers` threads (default: one per processor) hold one case each in memory.
+    """
+    layout, findings = _read_layout(root)
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        inspected = pool.map(lambda case: _inspect(case, layout), layout.images)
+        facts = list(track(inspected, "Checking", len(layout.images)))
+    findings += [finding for fact in facts for finding in fact.findings]
+    geometries = {fact.case: fact.geometry for fact in facts if fact.geometry}
+    findings += [*_absent_labels(layout, facts), *_duplicates(layout, facts)]
+    findings += [*_orientations(geometries), *_slice_axes(geometries), *_placeholder(list(geometries.values()))]
+    order = ("error", "warning", "note")
+    findings.sort(key=lambda finding: order.index(finding.severity))
+    return CheckReport(root, findings, _summary(layout, list(geometries.values())))
+
+
+# ---- what the folder holds ----
+
+
+def _read_layout(root: Path) -> tuple[_Layout, list[Finding]]:
+    """List the dataset leniently: what cannot be understood becomes a finding, and the rest is still checked."""
+    findings: list[Finding] = []
+
+    def attempt(code: str, read: Callable[[], T]) -> T | None:
+        try:
+            return read()
+        except GlocalError as error:
+            findings.append(_finding(code, str(error)))
+            return None
+
+    description = attempt("description", lambda: raw.read_description(root))
+    ending = description.file_ending if description else _commonest_ending(root / "imagesTr")
+    images, strays = raw.list_images(root, ending)
+    labels = {path.name.removesuffix(ending): path for path in raw.volumes_in(root / "labelsTr", ending)}
+    layout = _Layout(images, labels, description)
+    subjects = attempt("subjects", lambda: raw.read_subjects(root, list(images))) or {}
+    layout.subjects = {case: subjects.get(case, case) for case in images}
+    attempt("split", lambda: raw.read_split(root, layout.subjects))
+    findings += [_finding("image-name", f"{path} has no channel number.") for path in strays]
+    channels = len(description.channels) if description else max(map(len, images.values()), default=1)
+    for case, files in images.items():
+        if problem := raw.channel_problem(files, channels):
+            findings.append(_finding("channels", f"The case {problem}.", case))
+    if not images:
+        findings.append(_finding("no-images", f"{root / 'imagesTr'} holds no images named CASE_0000{ending}."))
+    for case in sorted(set(labels) - set(images)):
+        findings.append(_finding("label-without-image", f"{labels[case]} has no image.", case))
+    return layout, findings + _wrong_counts(layout)
+
+
+def _commonest_ending(folder: Path) -> str:
+    endings = Counter(file_ending(path) for path in folder.glob("*") if is_volume_file(path))
+    return endings.most_common(1)[0][0] if endings else FILE_ENDINGS[0]
+
+
+def _wrong_counts(layout: _Layout) -> list[Finding]:
+    findings = []
+    cases, labelled = len(layout.images), len(layout.labels.keys() & layout.images.keys())
+    announced = layout.description.count if layout.description else None
+    if cases and not labelled:
+        findings.append(_finding("no-labels", "labelsTr holds no label map of any case."))
+    if announced is not None and announced not in (cases, labelled):
+        message = f"dataset.json says numTraining {announced}, but {cases} cases are here, {labelled} of them labelled."
+        findings.append(_finding("count", message))
+    return findings
+
+
+# ---- one case ----
+
+
+def _inspect(case: str, layout: _Layout) -> _Facts:
+    """Read the files of one case, one after the other."""
+    facts = _Facts(case)
+    digest = hashlib.blake2b(digest_size=16)
+    for _, path in sorted(layout.images[case].items()):
+        array, geometry = _open(path, facts)
+        if array is None or geometry is None:
+            break
+        digest.update(np.ascontiguousarray(array, dtype=np.float32).tobytes() + str(array.shape).encode())
+        _inspect_image(path, array, facts)
+        if facts.geometry is None:
+            facts.geometry = geometry
+            _inspect_geometry(path, geometry, facts)
+        elif differences := _differences(facts.geometry, geometry):
+            facts.add("channel-geometry", f"{path.name} differs from the first channel in {differences}.")
+    else:  # the digest of half a case would say nothing
+        facts.digest = digest.hexdigest()
+    if case in layout.labels:
+        array, geometry = _open(layout.labels[case], facts)
+        if facts.geometry and geometry and (differences := _differences(facts.geometry, geometry)):
+            facts.add("label-geometry", f"The label map differs from the image in {differences}.")
+        if array is not None:
+            _inspect_label(array, layout.description, facts)
+    return facts
+
+
+def _open(path: Path, facts: _Facts) -> tuple[NDArray[Any] | None, Geometry | None]:
+    try:
+        image = read_file(path)
+    except GlocalError as error:
+        facts.add("unreadable", str(error))
+        return None, None
+    values = image.GetNumberOfComponentsPerPixel()
+    if image.GetDimension() != 3 or values != 1:
+        facts.add("dimensions", f"{path.name} is {image.GetDimension()}-D with {values} value(s) per voxel.")
+        return None, None
+    if odd := _hidden_by_itk(path, image):
+        facts.add("not-finite-read-as-0", f"{path.name} has {odd} voxel(s) that are NaN or infinite, and read as 0.")
+    return sitk.GetArrayFromImage(image), geometry_of(image)
+
+
+def _hidden_by_itk(path: Path, image: sitk.Image) -> int:
+    """The number of voxels of a NIfTI file that are NaN or infinite: ITK reads them as 0 and does not say so."""
+    kind = {"16": "f4", "64": "f8"}.get(image.GetMetaData("datatype") if image.HasMetaDataKey("datatype") else "")
+    if kind is None:
+        return 0
+    content = path.read_bytes()
+    content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
+    order = "<" if content[2:4] == b"\0\0" else ">"  # the header begins with its length, 348 or 540
+    offset = int(float(image.GetMetaData("vox_offset")))
+    voxels = np.frombuffer(content, order + kind, math.prod(image.GetSize()), offset)
+    return voxels.size - int(np.count_nonzero(np.isfinite(voxels)))
+
+
+def _inspect_image(path: Path, array: NDArray[Any], facts: _Facts) -> None:
+    low, high = array.min(), array.max()  # NaN wins in both
+    if not (np.isfinite(low) and np.isfinite(high)):
+        odd = int(np.count_nonzero(~np.isfinite(array)))
+        facts.add("not-finite", f"{path.name} has {odd} voxel(s) that are NaN or infinite.")
+    elif low == high:
+        facts.add("constant", f"{path.name} has the value {low} everywhere.")
+
+
+def _inspect_geometry(path: Path, geometry: Geometry, facts: _Facts) -> None:
+    if 1 in geometry.size:
+        facts.add("single-slice", f"{path.name} is a single slice, of size {_text(geometry.size)}.")
+    if not np.allclose(geometry.axes.T @ geometry.axes, np.eye(3), atol=TOLERANCE):
+        facts.add("direction", f"The axes of {path.name} are not at right angles.")
+    if not geometry.direction_known:
+        facts.add("direction-unknown", f"The header of {path.name} does not say how it lies in the patient.")
+
+
+def _inspect_label(array: NDArray[Any], description: raw.Description | None, facts: _Facts) -> None:
+    values, counts = np.unique(array, return_counts=True)
+    odd = [f"{value:g}" for value in values if not float(value).is_integer()]
+    if odd:
+        facts.add("label-not-whole", f"The label map holds values that are not whole numbers: {raw.some(odd)}.")
+        return
+    facts.values = frozenset(map(int, values))
+    if description and (odd := [str(v) for v in sorted(facts.values - set(description.labels.values()))]):
+        facts.add("label-unknown", f"The label map holds values that dataset.json does not name: {raw.some(odd)}.")
+    foreground = int(counts[values != 0].sum())
+    if foreground == 0:
+        facts.add("label-empty", "The label map has no foreground.")
+    elif foreground < TINY:
+        facts.add("label-tiny", f"The label map has only {foreground} voxel(s) of foreground.")
+
+
+def _differences(first: Geometry, second: Geometry) -> str:
+    """In what two geometries differ, with the values; empty if they agree within the tolerance."""
+    near = TOLERANCE * min(first.spacing) + 1e-6 * max(map(abs, first.origin))
+    tolerances = {"size": 0.0, "spacing": TOLERANCE * min(first.spacing), "origin": near, "direction": TOLERANCE}
+    pairs = {name: (getattr(first, name), getattr(second, name)) for name in tolerances}
+    return " and ".join(
+        f"{name} ({_text(a)} against {_text(b)})"
+        for name, (a, b) in pairs.items()
+        if not np.allclose(a, b, rtol=0, atol=tolerances[name])
+    )
+
+
+def _text(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.6g}" for value in values)
+
+
+# ---- all cases together ----
+
+
+def _group(items: Iterable[tuple[K, str]]) -> dict[K, list[str]]:
+    """The cases of each key, the commonest key first."""
+    groups: dict[K, list[str]] = defaultdict(list)
+    for key, case in items:
+        groups[key].append(case)
+    return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
+
+
+def _absent_labels(layout: _Layout, facts: Sequence[_Facts]) -> list[Finding]:
+    present = {value for fact in facts for value in fact.values}
+    labels = layout.description.labels if layout.description and present else {}
+    absent = [name for name, value in labels.items() if value not in present]
+    return [_finding("label-missing", f"No label map holds the label {name} ({labels[name]}).") for name in absent]
+
+
+def _duplicates(layout: _Layout, facts: Sequence[_Facts]) -> list[Finding]:
+    findings = []
+    for cases in _group((fact.digest, fact.case) for fact in facts if fact.digest).values():
+        if len(cases) > 1:
+            code = "duplicate" if len({layout.subjects[case] for case in cases}) > 1 else "duplicate-in-subject"
+            findings.append(_finding(code, f"The same image is in {', '.join(cases)}.", cases[0]))
+    return findings
+
+
+def _letters(geometry: Geometry) -> str:
+    """Where the axes point: x, y, z of DICOM point to Left, Posterior, Superior."""
+    rows = np.abs(geometry.axes).argmax(axis=0)
+    return "".join("LPS"[row] if geometry.axes[row, k] > 0 else "RAI"[row] for k, row in enumerate(rows))
+
+
+def _orientations(geometries: dict[str, Geometry]) -> list[Finding]:
+    groups = _group((_letters(geometry), case) for case, geometry in geometries.items())
+    usual, *others = groups or [""]
+    return [
+        _finding("orientation", f"The axes of {raw.some(groups[found])} point to {found}, most others' to {usual}.")
+        for found in others
+    ]
+
+
+def _slice_axes(geometries: dict[str, Geometry]) -> list[Finding]:
+    """Volumes cut in different planes, and volumes that do not say along which axis they were cut."""
+    planes: list[tuple[str, str]] = []
+    guesses: list[tuple[str, str]] = []
+    for case, geometry in geometries.items():
+        axis = max(range(3), key=lambda k: geometry.spacing[k])
+        if geometry.spacing[axis] > DISTINCT * sorted(geometry.spacing)[1]:
+            planes.append((PLANES[_letters(geometry)[axis]], case))
+        else:
+            guesses.append(("xyz"[min(range(3), key=lambda k: geometry.size[k])], case))
+    findings = []
+    if len(groups := _group(planes)) > 1:
+        parts = "; ".join(f"{len(cases)} {plane} ({raw.some(cases)})" for plane, cases in groups.items())
+        findings.append(_finding("slice-axis-mixed", f"Slices are cut in different planes: {parts}."))
+    if groups := _group(guesses):
+        parts = ", ".join(f"{axis} in {len(cases)}" for axis, cases in groups.items())
+        message = f"No axis has a clearly larger spacing in {len(guesses)} case(s); fewest slices lie along {parts}."
+        findings.append(_finding("slice-axis-guessed", message))
+    return findings
+
+
+def _placeholder(geometries: Sequence[Geometry]) -> list[Finding]:
+    flat = sum(max(geometry.size) >= FLAT * min(geometry.size) for geometry in geometries)
+    if any(geometry.spacing != (1.0, 1.0, 1.0) for geometry in geometries) or 2 * flat <= len(geometries):
+        return []
+    message = "The spacing is exactly 1 mm in every case though the volumes are flat: it looks like a placeholder."
+    return [_finding("placeholder-spacing", message)]
+
+
+def _summary(layout: _Layout, geometries: Sequence[Geometry]) -> dict[str, Any]:
+    def span(values: Sequence[Sequence[float]]) -> list[list[float]] | None:
+        return [np.min(values, axis=0).tolist(), np.max(values, axis=0).tolist()] if values else None
+
+    return {
+        "cases": len(layout.images),
+        "labelled": len(layout.labels.keys() & layout.images.keys()),
+        "subjects": len(set(layout.subjects.values())),
+        "labels": layout.description.labels if layout.description else None,
+        "size": span([geometry.size for geometry in geometries]),
+        "spacing": span([geometry.spacing for geometry in geometries]),
+    }

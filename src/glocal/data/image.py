@@ -1,0 +1,290 @@
+"""Read and write volumes in any format SimpleITK knows, with their geometry; DICOM series too."""
+
+import gzip
+import math
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk  # noqa: N813
+from numpy.typing import NDArray
+
+from glocal.errors import GlocalError
+from glocal.files import replacing
+
+FILE_ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
+_CODES = ("qform_code", "sform_code")
+
+sitk.ProcessObject.SetGlobalWarningDisplay(False)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a volume lies in the patient. Orders are (x, y, z); millimetres; DICOM (LPS) axes.
+
+    `direction` holds the nine cosines row by row: column k is the direction of axis k.
+    """
+
+    size: tuple[int, int, int]
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    direction: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+    direction_known: bool = True
+
+    @property
+    def axes(self) -> NDArray[np.float64]:
+        """Direction cosines as a (3, 3) matrix whose column k is the direction of axis k."""
+        return np.asarray(self.direction, dtype=np.float64).reshape(3, 3)
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Voxels `(C, z, y, x)` and where they lie."""
+
+    array: NDArray[np.generic]
+    geometry: Geometry
+
+
+def is_volume_file(path: Path) -> bool:
+    """Whether the name ends like a volume glocal reads; hidden files (`._a.nii` of macOS) are none."""
+    return path.name.lower().endswith(FILE_ENDINGS) and not path.name.startswith(".")
+
+
+def file_ending(path: Path) -> str:
+    """The ending of a volume's file name (`.nii.gz`, `.mha`, ...).
+
+    Raises:
+        GlocalError: the name has none of the known endings.
+    """
+    for ending in FILE_ENDINGS:
+        if path.name.lower().endswith(ending):
+            return path.name[len(path.name) - len(ending) :]
+    raise GlocalError(f"{path} has none of the endings {', '.join(FILE_ENDINGS)}: convert it with `glocal collect`.")
+
+
+def read_file(path: Path) -> sitk.Image:
+    """Read one file, or one DICOM series (a folder), as SimpleITK has it.
+
+    Raises:
+        GlocalError: missing, truncated, corrupt or unknown file; sheared axes; a folder without exactly one readable
+            DICOM series.
+    """
+    if path.is_dir():
+        series = dicom_series(path)
+        if len(series) != 1:
+            raise GlocalError(
+                f"{path} holds {len(series) or 'no'} DICOM series where one is expected: give each its own folder."
+            )
+        return read_dicom(path, series[0])
+    if not path.is_file():
+        raise GlocalError(f"{path} does not exist.")
+    try:
+        image = sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        if "orthonormal" in str(error):
+            raise GlocalError(
+                f"The axes of {path} are not at right angles (a sheared header): resample it to a straight grid, or "
+                "correct its orientation."
+            ) from error
+        raise _unreadable(path) from error
+    if path.name.lower().endswith((".nii", ".nii.gz")) and not _nifti_complete(path, image):
+        raise _unreadable(path)
+    return image
+
+
+def _unreadable(path: Path) -> GlocalError:
+    return GlocalError(f"{path} cannot be read (truncated, corrupt or of unknown format): copy or export it again.")
+
+
+def _nifti_complete(path: Path, image: sitk.Image) -> bool:
+    """Whether the file holds all voxels its header announces: ITK fills what is missing with zeros and says nothing."""
+    dims = [int(image.GetMetaData(f"dim[{k}]")) for k in range(1, int(image.GetMetaData("dim[0]")) + 1)]
+    voxels = math.prod(max(1, size) for size in dims)
+    expected = int(float(image.GetMetaData("vox_offset"))) + voxels * int(image.GetMetaData("bitpix")) // 8
+    with open(path, "rb") as file:
+        if file.read(2) != b"\x1f\x8b":
+            return path.stat().st_size >= expected
+        file.seek(-4, 2)
+        if struct.unpack("<I", file.read(4))[0] == expected % 2**32:  # gzip's own note of its content's length
+            return True
+    try:  # several gzip members, or bytes behind the voxels: the long way
+        with gzip.open(path) as unpacked:
+            return sum(len(block) for block in iter(lambda: unpacked.read(1 << 20), b"")) >= expected
+    except (OSError, EOFError, zlib.error):
+        return False
+
+
+def dicom_series(folder: Path) -> tuple[str, ...]:
+    """The identifiers of the DICOM series in a folder (subfolders are not looked at)."""
+    return tuple(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
+
+
+def dicom_files(folder: Path, series: str) -> tuple[str, ...]:
+    """The files of one DICOM series, in the order of their slices."""
+    return tuple(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series))
+
+
+def read_dicom(folder: Path, series: str) -> sitk.Image:
+    """Read one DICOM series of a folder as a volume.
+
+    Raises:
+        GlocalError: unreadable files, or slices that are not at even distances (missing, or several time frames).
+    """
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(dicom_files(folder, series))
+    reader.MetaDataDictionaryArrayUpdateOn()
+    try:
+        image = reader.Execute()
+    except RuntimeError as error:
+        raise GlocalError(f"The DICOM series in {folder} cannot be read: export it again.") from error
+    # ITK would quietly squeeze the remaining slices into an even grid, and every distance along z would be wrong.
+    if image.HasMetaDataKey("ITK_non_uniform_sampling_deviation") and _uneven(reader, image.GetSize()[2]):
+        raise GlocalError(
+            f"The slices of the DICOM series in {folder} are not at even distances (slices are missing, or it holds "
+            "several time frames): export it again, one complete volume per series."
+        )
+    return image
+
+
+def _uneven(reader: sitk.ImageSeriesReader, slices: int) -> bool:
+    places = [reader.GetMetaData(k, "0020|0032") for k in range(slices)]
+    points = np.array([[float(value) for value in place.split("\\")] for place in places])
+    steps = np.linalg.norm(np.diff(points, axis=0), axis=1)
+    return bool(np.any(np.abs(steps - np.median(steps)) > 0.05 * np.median(steps)))
+
+
+def geometry_of(image: sitk.Image) -> Geometry:
+    """The geometry of a three-dimensional SimpleITK image."""
+    codes = [image.GetMetaData(key) for key in _CODES if image.HasMetaDataKey(key)]
+    return Geometry(
+        size=image.GetSize(),
+        spacing=image.GetSpacing(),
+        origin=image.GetOrigin(),
+        direction=image.GetDirection(),
+        # A NIfTI whose two codes are 0 states no orientation at all; the other formats always do.
+        direction_known=not codes or any(code.strip() != "0" for code in codes),
+    )
+
+
+def read_image(paths: Sequence[Path]) -> Volume:
+    """Read a case's image, one file per channel, as a `Volume` of float32 `(C, z, y, x)`.
+
+    Raises:
+        GlocalError: unreadable file, not three-dimensional, or channels of different size.
+    """
+    channels: list[NDArray[np.float32]] = []
+    geometry: Geometry | None = None
+    for path in paths:
+        image = _read_scalar(path)
+        found = geometry_of(image)
+        if geometry is not None and found.size != geometry.size:
+            raise GlocalError(f"{path} has size {found.size}, the first channel of its case {geometry.size}.")
+        geometry = geometry or found
+        channels.append(sitk.GetArrayFromImage(image).astype(np.float32))
+    if geometry is None:
+        raise GlocalError("A case needs at least one image file.")
+    return Volume(np.stack(channels), geometry)
+
+
+def read_labels(path: Path) -> Volume:
+    """Read a label map as a `Volume` of integers `(1, z, y, x)`.
+
+    Raises:
+        GlocalError: unreadable file, not three-dimensional, or values that are not whole numbers.
+    """
+    image = _read_scalar(path)
+    array = sitk.GetArrayFromImage(image)
+    labels = np.zeros(array.shape, np.int32)
+    with np.errstate(invalid="ignore"):  # NaN and values beyond 32 bits differ after the cast, and are refused below
+        labels[:] = array
+    if not np.array_equal(labels, array):
+        raise GlocalError(f"{path} holds values that are not whole numbers: it is no label map.")
+    return Volume(labels[None], geometry_of(image))
+
+
+def _read_scalar(path: Path) -> sitk.Image:
+    image = read_file(path)
+    dimension, values = image.GetDimension(), image.GetNumberOfComponentsPerPixel()
+    if dimension != 3 or values != 1:
+        raise GlocalError(
+            f"{path} is not one three-dimensional volume ({dimension}-D, {values} values per voxel): split it into one "
+            "file per channel or frame."
+        )
+    return image
+
+
+def write_like(path: Path, array: NDArray[np.generic], reference: Path) -> None:
+    """Write `array` `(z, y, x)` with the geometry and header fields of the file `reference`, atomically.
+
+    Raises:
+        GlocalError: the array has another size than the reference, the format of `path` cannot be written, or there
+            is no space.
+    """
+    source = read_file(reference)
+    image = _image_of(array)
+    if image.GetSize() != source.GetSize():
+        raise GlocalError(f"{path} would have size {image.GetSize()}, but {reference} has {source.GetSize()}.")
+    image.CopyInformation(source)
+    if reference.is_file() and file_ending(path).lower() == file_ending(reference).lower():
+        for key in source.GetMetaDataKeys():
+            image.SetMetaData(key, source.GetMetaData(key))
+    write_image(path, image)
+
+
+def write_volume(path: Path, array: NDArray[np.generic], geometry: Geometry) -> None:
+    """Write `array` `(z, y, x)` with a geometry, atomically.
+
+    Raises:
+        GlocalError: the format of `path` cannot be written, or there is no space.
+    """
+    image = _image_of(array)
+    image.SetSpacing(geometry.spacing)
+    image.SetOrigin(geometry.origin)
+    image.SetDirection(geometry.direction)
+    if not geometry.direction_known:
+        for key in _CODES:
+            image.SetMetaData(key, "0")
+    write_image(path, image)
+
+
+def _image_of(array: NDArray[np.generic]) -> sitk.Image:
+    """SimpleITK has neither booleans nor half precision."""
+    wider: dict[str, type[np.generic]] = {"bool": np.uint8, "float16": np.float32}
+    return sitk.GetImageFromArray(array.astype(wider.get(array.dtype.name, array.dtype.type), copy=False))
+
+
+def write_image(path: Path, image: sitk.Image) -> None:
+    """Write a SimpleITK image atomically and compressed.
+
+    Raises:
+        GlocalError: the format of `path` cannot be written or cannot hold the geometry, or there is no space.
+    """
+    axes = np.reshape(image.GetDirection(), (image.GetDimension(), -1))
+    if ".nii" in file_ending(path).lower() and not np.allclose(axes.T @ axes, np.eye(len(axes)), atol=1e-3):
+        raise GlocalError(f"{path} cannot hold axes that are not at right angles: resample the volume first.")
+    if file_ending(path).lower() in (".mhd", ".nhdr"):
+        raise GlocalError(f"{path} would become two files, header and voxels: write .nii.gz, .mha or .nrrd instead.")
+    with replacing(path) as temporary:
+        try:
+            sitk.WriteImage(image, str(temporary), useCompression=True)
+        except RuntimeError as error:
+            raise GlocalError(f"Cannot write {path}: check the free space and the file's ending.") from error
+        if all(image.HasMetaDataKey(key) for key in _CODES):
+            _restore_codes(temporary, [int(image.GetMetaData(key)) for key in _CODES])
+
+
+def _restore_codes(path: Path, codes: Sequence[int]) -> None:
+    """Write the two codes into a NIfTI-1 file: ITK sets both to 1, even where the source said unknown."""
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        return
+    unpack = gzip.open if path.name.lower().endswith(".gz") else open
+    with unpack(path, "rb") as file:
+        content = bytearray(file.read())
+    if struct.unpack_from("<i", content)[0] != 348 or struct.unpack_from("<2h", content, 252) == tuple(codes):
+        return
+    struct.pack_into("<2h", content, 252, *codes)
+    with unpack(path, "wb") as file:
+        file.write(content)

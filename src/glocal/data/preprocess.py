@@ -1,0 +1,218 @@
+"""A whole dataset into a store: in parallel, resumable, every file whole or absent."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk  # noqa: N813
+import torch
+from numpy.typing import NDArray
+
+from glocal import __version__
+from glocal.data.dataset import Case, Dataset, read_dataset
+from glocal.data.image import read_image, read_labels
+from glocal.data.orientation import Undo
+from glocal.data.plan import Plan, PreprocessOptions, make_plan
+from glocal.data.prepare import Prepared, prepare, prepare_labels, restore
+from glocal.data.store import Store
+from glocal.errors import GlocalError
+from glocal.files import digest, read_json, replacing, write_json
+from glocal.progress import track
+
+__all__ = [
+    "Plan",
+    "Prepared",
+    "PreprocessOptions",
+    "Undo",
+    "make_plan",
+    "prepare",
+    "prepare_labels",
+    "preprocess",
+    "restore",
+]
+
+Record = dict[str, Any]
+
+
+def preprocess(
+    dataset: Path | Dataset,
+    store: Path,
+    options: PreprocessOptions,
+    workers: int | None = None,
+    executor: Executor | None = None,
+) -> Store:
+    """Prepare every case of a dataset and write the store; started again it continues where it was interrupted.
+
+    Args:
+        dataset: raw dataset, or its folder.
+        store: folder to write; a store begun with the same options is completed, changed cases are done anew.
+        options: what is done to every volume.
+        workers: number of processes; default one for each core; 1 works in this process.
+        executor: where to run instead, for example `dask.distributed.Client(...).get_executor()`; it stays open.
+
+    Raises:
+        GlocalError: the store was begun otherwise, a case cannot be prepared (named), or the disk is full.
+    """
+    dataset = read_dataset(dataset) if isinstance(dataset, Path) else dataset
+    store = store.resolve()
+    plan = _begin(dataset, store, options)
+    task = partial(_prepare_case, root=dataset.root, store=store, plan=plan)
+    workers = min(workers or _cores(), len(dataset.cases))
+    if executor is None and workers == 1:
+        records = [task(case) for case in track(dataset.cases, "Preprocessing", len(dataset.cases))]
+    else:
+        records = _in_parallel(task, dataset.cases, nullcontext(executor) if executor else _pool(workers))
+    order = {case.name: number for number, case in enumerate(dataset.cases)}
+    manifest = {
+        "glocal": __version__,
+        "name": dataset.name,
+        "dataset": str(dataset.root.resolve()),
+        "channels": dataset.channels,
+        "labels": dataset.labels,
+        "split": dataset.split,
+        "plan": plan.model_dump(mode="json"),
+    }
+    cases = sorted(records, key=lambda record: order[record["name"]])
+    write_json(store / "index.json", {"manifest": manifest, "cases": cases})
+    return Store.open(store)
+
+
+def _begin(dataset: Dataset, store: Path, options: PreprocessOptions) -> Plan:
+    """The plan of a store begun earlier, or a new one; the frame of a store never changes, whatever cases come."""
+    path = store / "plan.json"
+    if not path.is_file():
+        if store.exists() and (not store.is_dir() or any(store.iterdir())):
+            raise GlocalError(f"{store} is not empty and is no store: choose a new folder.")
+        plan = make_plan(dataset, options)
+        write_json(path, {"name": dataset.name, "plan": plan.model_dump(mode="json")})
+        return plan
+    content = read_json(path)
+    begun = (
+        content["plan"]["options"]
+        | {"dataset": content["name"]}
+        | {k: content["plan"][k] for k in ("labels", "channels")}
+    )
+    now = options.model_dump(mode="json") | {
+        "dataset": dataset.name,
+        "labels": dataset.labels,
+        "channels": len(dataset.channels),
+    }
+    for key in now:
+        if begun.get(key) != now[key]:
+            raise GlocalError(
+                f"{store} was begun with {key}: {json.dumps(begun.get(key))}, now it is {json.dumps(now[key])}: "
+                "choose a new folder, or delete this one."
+            )
+    for leftover in store.glob("*/.????????.*"):  # of a killed process
+        leftover.unlink(missing_ok=True)
+    return Plan.model_validate(content["plan"])
+
+
+def _prepare_case(case: Case, root: Path, store: Path, plan: Plan) -> Record:
+    """Write one case's files unless they are there already, made of the same sources by the same plan."""
+    files = [*case.images, *([case.label] if case.label else [])]
+    made_of = {
+        "sources": {file.name: digest(file) for file in files},
+        "subject": case.subject,
+        "plan": _plan_digest(plan),
+    }
+    targets = [store / kind / f"{case.name}.npy" for kind in ("images", "labels")[: 1 + (case.label is not None)]]
+    record_path = store / "records" / f"{case.name}.json"
+    if record_path.is_file() and all(target.is_file() for target in targets):
+        record: Record = read_json(record_path)
+        if {key: record.get(key) for key in made_of} == made_of:
+            return record
+    try:
+        arrays, found = _arrays(case, plan)
+    except GlocalError as error:
+        raise GlocalError(f"Case {case.name}: {error} `glocal check {root}` lists all such cases.") from error
+    (store / "index.json").unlink(missing_ok=True)  # unfinished from now on
+    record_path.unlink(missing_ok=True)
+    for target, array in zip(targets, arrays, strict=True):
+        with replacing(target) as temporary:
+            np.save(temporary, array)
+    record = {"name": case.name, **made_of, **found}
+    write_json(record_path, record)
+    return record
+
+
+def _arrays(case: Case, plan: Plan) -> tuple[list[NDArray[Any]], Record]:
+    volume = read_image(case.images)
+    prepared = prepare(volume, plan)
+    arrays: list[NDArray[Any]] = [prepared.images.half().numpy()]
+    warnings, kept = list(prepared.warnings), None
+    if case.label is not None:
+        labels = read_labels(case.label)
+        arrays.append(prepare_labels(labels, prepared.undo, plan).numpy())
+        kept = prepared.undo.kept(prepared.undo.oriented(labels.array)[:, 0] != 0)
+        if kept < 0.99:
+            warnings.append(f"The field cuts off {1 - kept:.1%} of the labelled structures: enlarge field.")
+    return arrays, {
+        "voxels": hashlib.sha256(arrays[0].tobytes()).hexdigest(),
+        "slices": len(prepared.images),
+        "labelled": case.label is not None,
+        "spacing": volume.geometry.spacing,
+        "kept": kept,
+        "warnings": warnings,
+        "undo": prepared.undo.as_dict(),
+    }
+
+
+def _plan_digest(plan: Plan) -> str:
+    return hashlib.sha256(plan.model_dump_json().encode()).hexdigest()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _in_parallel(
+    task: Callable[[Case], Record], cases: Sequence[Case], pool: AbstractContextManager[Executor]
+) -> list[Record]:
+    with pool as executor:
+        futures = [executor.submit(_single_threaded, task, case) for case in cases]
+        try:
+            return [future.result() for future in track(as_completed(futures), "Preprocessing", len(cases))]
+        except BrokenProcessPool as error:
+            raise GlocalError(
+                "A worker process was killed, most likely for lack of memory: start again with fewer workers, "
+                "what is done is kept."
+            ) from error
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def _single_threaded(task: Callable[[Case], Record], case: Case) -> Record:
+    torch.set_num_threads(1)
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    return task(case)
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[Executor]:
+    """A pool of spawned processes that is torn down at once when anything goes wrong, Ctrl-C included."""
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_ignore_interrupts)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in set(multiprocessing.active_children()) - others:
+            child.terminate()
+        raise
+    pool.shutdown()
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the workers

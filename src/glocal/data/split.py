@@ -1,0 +1,193 @@
+"""Who is pre-trained on, chosen on, tested on, and labelled: always by subject, always from a seed."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from glocal.errors import GlocalError
+from glocal.files import read_json, write_json
+from glocal.randomness import generator
+
+
+class Member(Protocol):
+    """A case as a split sees it."""
+
+    @property
+    def case(self) -> str: ...  # noqa: D102
+    @property
+    def subject(self) -> str: ...  # noqa: D102
+    @property
+    def labelled(self) -> bool: ...  # noqa: D102
+
+
+class ProtocolOptions(BaseModel):
+    """How a comparison is made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    splits: int = Field(1, ge=1, description="the dataset's own split first, further ones of the same sizes by seed")
+    draws: int = Field(1, ge=1, description="random choices of the labelled volumes, per split and budget")
+    test: int | Literal["auto"] = Field(
+        "auto",
+        description="labelled subjects kept for testing where the dataset has no split.json; "
+        "auto: a fifth of them from ten on, none below",
+    )
+    evaluate: Literal["test", "development"] = Field("test", description="choose settings on development subjects")
+    leave_one_out: bool = Field(False, description="each labelled subject in turn is the test subject of its own split")
+    transductive: bool = Field(False, description="test subjects' images may be pre-trained on; every table says so")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Cases by use. `pretrain` holds every case that may be trained on, labelled or not."""
+
+    index: int
+    pretrain: tuple[str, ...]
+    development: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One random choice of labelled volumes."""
+
+    index: int
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+
+
+def shuffled(items: Iterable[str], seed: int, *keys: int | str) -> list[str]:
+    """The distinct items in an order that depends on nothing but the items, the seed and the keys."""
+    ordered = sorted(set(items))
+    order = torch.randperm(len(ordered), generator=generator(seed, *keys)).tolist()
+    return [ordered[k] for k in order]
+
+
+def make_split(
+    members: Sequence[Member], given: dict[str, list[str]] | None, options: ProtocolOptions, seed: int, index: int = 0
+) -> Split:
+    """Split number `index`: the dataset's own is number 0, further ones have its sizes and are drawn by seed.
+
+    A further split never tests on subjects that split 0 chooses on, nor chooses on subjects that split 0 tests on.
+
+    Args:
+        given: the dataset's `split.json` (lists of cases), if it has one.
+
+    Raises:
+        GlocalError: too few labelled subjects for what is asked.
+    """
+    labelled = sorted({member.subject for member in members if member.labelled})
+    if options.leave_one_out:
+        if index >= len(labelled) or len(labelled) < 2:
+            raise GlocalError(f"leave_one_out needs two labelled subjects or more, there are {len(labelled)}.")
+        return _by_subject(members, index, test={labelled[index]}, development=set())
+    if given:
+        subject_of = {member.case: member.subject for member in members}
+        test, development = ({subject_of[c] for c in given.get(k, ()) if c in subject_of} for k in ("test", "development"))
+        if index:
+            return _another(members, labelled, test, development, seed, index)
+        # Cases that split.json does not name are not used.
+        named = {case for cases in given.values() for case in cases}
+        return _by_subject([m for m in members if m.case in named], 0, test, development)
+    count = options.test if options.test != "auto" else (round(len(labelled) / 5) if len(labelled) >= 10 else 0)
+    if count and count >= len(labelled):
+        raise GlocalError(f"protocol.test={count} leaves none of the {len(labelled)} labelled subjects to train on.")
+    return _by_subject(members, index, set(shuffled(labelled, seed, "test", index)[:count]), set())
+
+
+def _another(
+    members: Sequence[Member], labelled: list[str], test: set[str], development: set[str], seed: int, index: int
+) -> Split:
+    candidates = [s for s in shuffled(labelled, seed, "split", index) if s not in development]
+    new_test = set(candidates[: len(test)])
+    rest = [s for s in shuffled(labelled, seed, "development", index) if s not in new_test | test]
+    if len(new_test) < len(test) or len(rest) < len(development):
+        raise GlocalError("There are too few labelled subjects for another split: use protocol.splits=1.")
+    return _by_subject(members, index, new_test, set(rest[: len(development)]))
+
+
+def _by_subject(members: Sequence[Member], index: int, test: set[str], development: set[str]) -> Split:
+    def cases(subjects: set[str], inside: bool = True) -> tuple[str, ...]:
+        return tuple(sorted(m.case for m in members if (m.subject in subjects) == inside))
+
+    return Split(index, cases(test | development, inside=False), cases(development), cases(test))
+
+
+def draw_labels(
+    members: Sequence[Member], split: Split, labels: int | Sequence[str], validation: int, seed: int, index: int = 0
+) -> Draw:
+    """The labelled volumes of draw `index`: `labels` of them for training, `validation` others, no subject in both.
+
+    Smaller budgets are parts of larger ones; the validation volumes do not depend on the budget.
+
+    Args:
+        labels: a number of volumes, or the cases by name.
+
+    Raises:
+        GlocalError: there are fewer labelled volumes, or a named case is not one that may be trained on.
+    """
+    pool = {m.case: m for m in members if m.labelled and m.case in set(split.pretrain)}
+    if not isinstance(labels, int):
+        _refuse_unknown(labels, pool, split)
+        return Draw(index, tuple(labels), ())
+    order = shuffled((m.subject for m in pool.values()), seed, "draw", split.index, index)
+    queue = [case for subject in order for case in sorted(c for c, m in pool.items() if m.subject == subject)]
+    train = queue[:labels]
+    used = {pool[case].subject for case in train}
+    chosen = [case for case in reversed(queue) if pool[case].subject not in used][:validation]
+    if len(train) < labels or len(chosen) < validation:
+        raise GlocalError(
+            f"{labels} labelled volumes for training and {validation} for validation were asked for, but only "
+            f"{len(queue)} may be trained on: lower labels or validation, or label more."
+        )
+    return Draw(index, tuple(train), tuple(sorted(chosen)))
+
+
+def _refuse_unknown(labels: Sequence[str], pool: dict[str, Member], split: Split) -> None:
+    if not labels or len(set(labels)) < len(labels):
+        raise GlocalError("Name at least one labelled case, and each only once.")
+    for case in labels:
+        if case in split.test + split.development:
+            raise GlocalError(f"{case} belongs to a test or development subject and may not be trained on.")
+        if case not in pool:
+            raise GlocalError(f"{case} is not a labelled case of this store: choose among {', '.join(sorted(pool)[:5])} ...")
+
+
+def refuse_leakage(members: Sequence[Member], split: Split, used: Iterable[str], what: str, transductive: bool) -> None:
+    """Refuse to start when a subject of the test or development cases was, or would be, trained on.
+
+    Args:
+        used: subjects that training sees.
+        what: how it sees them, for the sentence.
+        transductive: the recipe allows images (never labels) of test subjects in pre-training.
+
+    Raises:
+        GlocalError: names the first such subject and the way out.
+    """
+    held_out = {m.subject for m in members if m.case in set(split.test + split.development)}
+    seen = sorted(held_out & set(used))
+    if seen and not transductive:
+        raise GlocalError(
+            f"Subject {seen[0]}{f' and {len(seen) - 1} others' if len(seen) > 1 else ''} would be tested on but "
+            f"{what}: use weights of the same split, or say transductive=true and every table will tell."
+        )
+
+
+def write_split(folder: Path, split: Split, draw: Draw | None = None) -> None:
+    """Write `split.json` of a run."""
+    content: dict[str, Any] = {"split": asdict(split)} | ({"draw": asdict(draw)} if draw else {})
+    write_json(folder / "split.json", content)
+
+
+def read_split(folder: Path) -> Split:
+    """The split of a run.
+
+    Raises:
+        GlocalError: the run has none.
+    """
+    content = read_json(folder / "split.json")["split"]
+    return Split(content["index"], *(tuple(content[key]) for key in ("pretrain", "development", "test")))

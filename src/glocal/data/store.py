@@ -1,0 +1,210 @@
+"""The store: the slices of all volumes, in memory if they fit, else streamed from memory maps."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from torch import Tensor
+
+from glocal.data.orientation import Undo
+from glocal.data.plan import Plan
+from glocal.errors import GlocalError
+from glocal.files import read_json
+
+Kind = Literal["images", "labels"]
+_OPEN_MAPS = 256  # file handles kept open
+
+
+@dataclass(frozen=True)
+class StoredVolume:
+    """One volume of the store; spacing is the native one in mm, (x, y, z)."""
+
+    case: str
+    subject: str
+    slices: int
+    labelled: bool
+    undo: Undo
+    spacing: tuple[float, float, float]
+
+
+class Store:
+    """The slices of a preprocessed dataset, numbered through all volumes in order. Make one with `preprocess`.
+
+    Attributes:
+        plan: how the volumes were prepared.
+        name: of the dataset.
+        dataset: folder of the raw dataset.
+        labels: structure to value, background included.
+        split: the dataset's own lists of cases, if it has any.
+        volumes: the volumes in order.
+        warnings: what was odd about the dataset and its cases.
+        volume_of: `(N,)` the volume of each slice.
+        slice_of: `(N,)` its number in this volume.
+        count_of: `(N,)` how many slices this volume has.
+        first: `(V,)` the number of each volume's first slice.
+    """
+
+    def __init__(self, path: Path, index: Mapping[str, Any], memory_limit: int) -> None:
+        manifest, cases = index["manifest"], index["cases"]
+        self.path = path
+        self.plan = Plan.model_validate(manifest["plan"])
+        self.name: str = manifest["name"]
+        self.dataset = Path(manifest["dataset"])
+        self.labels: dict[str, int] = manifest["labels"]
+        self.split: dict[str, list[str]] | None = manifest["split"]
+        twins = _twins(cases)
+        self.volumes = tuple(_stored(case, twins.get(case["subject"], case["subject"])) for case in cases)
+        self.warnings = (
+            *self.plan.warnings,
+            *(f"{b} has an image of {a} too: the two count as one subject." for b, a in twins.items()),
+            *(f"{case['name']}: {text}" for case in cases for text in case["warnings"]),
+        )
+        # Neither the place of the raw files nor the version of glocal changes what the data are.
+        content = json.dumps([manifest["plan"], cases], sort_keys=True)
+        self._digest = hashlib.sha256(content.encode()).hexdigest()
+
+        counts = torch.tensor([volume.slices for volume in self.volumes])
+        self.first = counts.cumsum(0) - counts
+        self.volume_of = torch.arange(len(counts)).repeat_interleave(counts)
+        self.slice_of = torch.arange(len(self.volume_of)) - self.first[self.volume_of]
+        self.count_of = counts[self.volume_of]
+
+        self._labelled = torch.tensor([volume.labelled for volume in self.volumes])
+        self._numbers = {volume.case: number for number, volume in enumerate(self.volumes)}
+        size = self.plan.options.size
+        self._shapes: dict[Kind, tuple[int, ...]] = {"images": (self.plan.channels, *size), "labels": size}
+        bytes_of_slice = size[0] * size[1] * (2 * self.plan.channels + 1)  # float16 and uint8
+        self.in_memory = len(self.volume_of) * bytes_of_slice <= memory_limit
+        self._map = lru_cache(_OPEN_MAPS)(self._read)
+
+    @classmethod
+    def open(cls, path: Path, memory_limit: int = 2 * 2**30) -> "Store":
+        """Open a store; its index is read now, its volumes when they are first needed.
+
+        Args:
+            path: folder of the store.
+            memory_limit: bytes; a store that is not larger is held in memory.
+
+        Raises:
+            GlocalError: not a store, unfinished, or damaged.
+        """
+        if not (path / "plan.json").is_file():
+            raise GlocalError(f"{path} is not a store of preprocessed slices: make one with `glocal preprocess`.")
+        if not (path / "index.json").is_file():
+            raise GlocalError(
+                f"The store {path} is unfinished: start the same `glocal preprocess` again, it continues."
+            )
+        try:
+            return cls(path, read_json(path / "index.json"), memory_limit)
+        except (KeyError, TypeError, ValidationError) as error:
+            raise GlocalError(
+                f"{path / 'index.json'} is not of this version of glocal: preprocess into a new folder."
+            ) from error
+
+    def images(self, indices: Tensor) -> Tensor:
+        """Slices by number `(B,)` as images `(B, C, H, W)` float32."""
+        return self._fetch("images", indices).float()
+
+    def labels_of(self, indices: Tensor) -> Tensor:
+        """Label maps `(B, H, W)` int64 of slices by number `(B,)`.
+
+        Raises:
+            GlocalError: a slice's volume has no label map.
+        """
+        labelled = self._labelled[self.volume_of[indices]]
+        if not labelled.all():
+            case = self.volumes[int(self.volume_of[indices[~labelled]][0])].case
+            raise GlocalError(f"Case {case} has no label map: leave it out of the labelled cases, or label it.")
+        return self._fetch("labels", indices).long()
+
+    def volume(self, case: str) -> Tensor:
+        """All slices of a case, `(n, C, H, W)` float32.
+
+        Raises:
+            GlocalError: no such case.
+        """
+        number = self.index_of(case)
+        return self.images(self.first[number] + torch.arange(self.volumes[number].slices))
+
+    def index_of(self, case: str) -> int:
+        """The number of a case's volume.
+
+        Raises:
+            GlocalError: no such case.
+        """
+        if case not in self._numbers:
+            raise GlocalError(
+                f"The store {self.path} holds no case {case}: check its name, or preprocess its dataset again."
+            )
+        return self._numbers[case]
+
+    def digest(self) -> str:
+        """SHA-256 that identifies the data: plan, cases and the digests of their source files."""
+        return self._digest
+
+    def _fetch(self, kind: Kind, indices: Tensor) -> Tensor:
+        if self.in_memory:
+            return (self._images if kind == "images" else self._labels)[indices]
+        dtype = torch.float16 if kind == "images" else torch.uint8
+        result = torch.empty((len(indices), *self._shapes[kind]), dtype=dtype)
+        volumes = self.volume_of[indices]
+        for number in sorted(set(volumes.tolist())):  # each map is touched once
+            where = volumes == number
+            rows = self.slice_of[indices[where]].numpy()
+            result[where] = torch.from_numpy(np.asarray(self._map(kind, number)[rows]))
+        return result
+
+    @cached_property
+    def _images(self) -> Tensor:
+        return self._all("images", torch.float16)
+
+    @cached_property
+    def _labels(self) -> Tensor:
+        return self._all("labels", torch.uint8)
+
+    def _all(self, kind: Kind, dtype: torch.dtype) -> Tensor:
+        result = torch.zeros((len(self.volume_of), *self._shapes[kind]), dtype=dtype)
+        for number, volume in enumerate(self.volumes):
+            if kind == "images" or volume.labelled:
+                start = int(self.first[number])
+                result[start : start + volume.slices] = torch.from_numpy(np.array(self._read(kind, number)))
+        return result
+
+    def _read(self, kind: Kind, number: int) -> NDArray[Any]:
+        """A volume's file as a memory map."""
+        volume = self.volumes[number]
+        path = self.path / kind / f"{volume.case}.npy"
+        try:
+            array: NDArray[Any] = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise GlocalError(f"{path} is missing or damaged: delete the store and preprocess again.") from error
+        if array.shape != (volume.slices, *self._shapes[kind]):
+            raise GlocalError(f"{path} does not fit the store's index: delete the store and preprocess again.")
+        return array
+
+
+def _stored(case: Mapping[str, Any], subject: str) -> StoredVolume:
+    x, y, z = case["spacing"]
+    return StoredVolume(
+        case["name"], subject, case["slices"], case["labelled"], Undo.from_dict(case["undo"]), (x, y, z)
+    )
+
+
+def _twins(cases: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Subjects that share an image with an earlier one, and that one: apart they would leak from training to test."""
+    first: dict[str, str] = {}
+    twins: dict[str, str] = {}
+    for case in cases:
+        subject = twins.get(case["subject"], case["subject"])
+        owner = first.setdefault(case["voxels"], subject)
+        if owner != subject:
+            twins = {b: owner if a == subject else a for b, a in twins.items()} | {subject: owner}
+    return twins

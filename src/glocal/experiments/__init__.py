@@ -1,0 +1,1 @@
+"""Recipes, and the whole road from data to table."""

@@ -1,0 +1,156 @@
+"""What the `auto` recipe leaves open, derived from the data: a part with `auto: true` is filled in, keys given stay."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil, log2
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+
+from glocal.data.dataset import Case, Dataset, read_dataset
+from glocal.data.image import Geometry, read_image, read_labels
+from glocal.data.orientation import ARRAY_AXES, distinct_axis
+from glocal.errors import GlocalError
+
+LARGEST_SIDE = {"cpu": 128, "cuda": 256}
+SMALLEST_BOTTLENECK = 5
+# Iterations of pre-training (each stage) and fine-tuning: minutes on two cores, the papers' on a GPU.
+ITERATIONS = {"cpu": (1500, 1000), "cuda": (10_000, 10_000)}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What the headers and some voxels of a dataset say."""
+
+    axis: int  # array axis across the slices
+    geometries: list[Geometry]
+    window: tuple[float, float] | None  # of a CT dataset
+
+
+def derived(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with every part that says `auto: true` filled in from the data.
+
+    Raises:
+        GlocalError: no dataset, or an unreadable image.
+    """
+    parts = {name for name, part in settings.items() if isinstance(part, Mapping) and part.get("auto") is True}
+    result = {name: _without_auto(part) if name in parts else part for name, part in settings.items()}
+    if not parts:
+        return result
+    if "data" not in settings:
+        raise GlocalError("This recipe is derived from the data: say which with data=DATASET.")
+    dataset = read_dataset(Path(str(settings["data"])))
+    where = "cuda" if torch.cuda.is_available() and str(settings.get("device", "auto")) != "cpu" else "cpu"
+    if "preprocess" in parts:
+        result["preprocess"] = _preprocess(dataset, result["preprocess"], LARGEST_SIDE[where])
+    size = result["preprocess"]["size"]
+    if "network" in parts:
+        result["network"] = {"widths": _widths(min(size))} | result["network"]
+    pretraining, finetuning = ITERATIONS[where]
+    if "pretrain" in parts:
+        volumes = len(dataset.cases)
+        result["pretrain"] = {
+            name: {"max_iterations": pretraining}
+            | ({"volumes": max(1, min(5, volumes))} if part.get("method") == "gcl" else {})
+            | dict(part)
+            for name, part in result["pretrain"].items()
+        }
+    if "finetune" in parts:
+        result["finetune"] = {"max_iterations": finetuning} | result["finetune"]
+    return result
+
+
+def _without_auto(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if key != "auto"}
+
+
+def _preprocess(dataset: Dataset, given: dict[str, Any], largest_side: int) -> dict[str, Any]:
+    print_ = fingerprint(dataset, given)
+    known = given.get("spacing_known", True)
+    rows, columns = (k for k in range(3) if k != print_.axis)
+    spacings = np.array([[g.spacing[::-1][k] for k in (rows, columns)] for g in print_.geometries])
+    sizes = np.array([[g.size[::-1][k] for k in (rows, columns)] for g in print_.geometries])
+    spacing = None
+    if known and (spacings.max(0) / spacings.min(0) > 1.02).any():
+        spacing = [round(float(np.median(spacings)), 3)] * 2
+        sizes = np.rint(sizes * spacings / spacing)
+    field = np.maximum(np.median(sizes, axis=0), _foreground_field(dataset, print_.axis, spacing))
+    factor = max(1.0, float(field.max()) / largest_side)
+    size = [max(16, 16 * ceil(side / factor / 16)) for side in field]
+    field = [round(side * factor) for side in size]  # the same zoom along rows and columns
+    intensity = {"intensity": "window", "window": list(print_.window)} if print_.window else {"intensity": "percentile"}
+    fixed = {"spacing": spacing, "slice_axis": ARRAY_AXES[print_.axis], "field": field, "size": size}
+    return intensity | fixed | given
+
+
+def fingerprint(dataset: Dataset, given: Mapping[str, Any]) -> Fingerprint:
+    """Headers of all cases, and for CT the intensities of a few.
+
+    Raises:
+        GlocalError: no case, or an unreadable image.
+    """
+    if not dataset.cases:
+        raise GlocalError(f"{dataset.root} holds no case: put images into its imagesTr folder.")
+    geometries = [_header(case.images[0]) for case in dataset.cases]
+    axis = distinct_axis(geometries[0]) if given.get("spacing_known", True) else None
+    if given.get("slice_axis", "auto") != "auto" and axis is None:
+        axis = ARRAY_AXES.index(given["slice_axis"])
+    if axis is None:
+        axis = min(range(3), key=lambda k: geometries[0].size[2 - k])
+    is_ct = any(name.strip().lower() == "ct" for name in dataset.channels)
+    return Fingerprint(axis, geometries, _window(dataset) if is_ct and "window" not in given else None)
+
+
+def _header(path: Path) -> Geometry:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise GlocalError(f"{path} cannot be read: run `glocal check` on the dataset.") from error
+    if reader.GetDimension() != 3:
+        raise GlocalError(f"{path} is not a three-dimensional volume: run `glocal check` on the dataset.")
+    return Geometry(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
+
+
+def _window(dataset: Dataset) -> tuple[float, float]:
+    """Percentiles 0.5 and 99.5 of the labelled structures (of everything inside the body without labels)."""
+    cases = (dataset.labelled or dataset.cases)[:10]
+    values = [_interesting(case) for case in cases]
+    low, high = np.percentile(np.concatenate(values), (0.5, 99.5))
+    return float(np.floor(low)), float(np.ceil(high))
+
+
+def _interesting(case: Case) -> Any:
+    image = read_image(case.images[:1]).array[0]
+    inside = read_labels(case.label).array[0] > 0 if case.label else image > -500
+    values = image[inside] if inside.any() else image.ravel()
+    return values[:: max(1, len(values) // 100_000)]
+
+
+def _foreground_field(dataset: Dataset, axis: int, spacing: list[float] | None) -> Any:
+    """The centred field (rows, columns) that holds every labelled structure of up to 20 cases, with a margin."""
+    needed = np.zeros(2)
+    for case in dataset.labelled[:20]:
+        assert case.label is not None
+        labels = read_labels(case.label)
+        plane = np.moveaxis(labels.array[0] > 0, axis, 0).any(0)
+        if not plane.any():
+            continue
+        for k, array_axis in enumerate(a for a in range(3) if a != axis):
+            hits = np.flatnonzero(plane.any(1 - k))
+            centre = (plane.shape[k] - 1) / 2
+            side = 2 * max(centre - hits[0], hits[-1] - centre) + 1
+            zoom = labels.geometry.spacing[::-1][array_axis] / spacing[k] if spacing else 1.0
+            needed[k] = max(needed[k], 1.1 * side * zoom)
+    return needed
+
+
+def _widths(side: int) -> list[int]:
+    levels = max(3, min(6, int(log2(side / SMALLEST_BOTTLENECK)) + 1))
+    return [16, 32, 64, 128, 128, 128][:levels]
+
+

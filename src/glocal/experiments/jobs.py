@@ -1,0 +1,103 @@
+"""The runs a recipe asks for, and doing them: in this process, or several at once with one thread each."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from glocal import runs
+from glocal.progress import progress
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a top-level function with its arguments, its folder, and the iterations it will do."""
+
+    work: Callable[..., Any]
+    arguments: dict[str, Any]
+    folder: Path
+    iterations: int
+
+    def done(self) -> bool:
+        """Whether the run was finished before."""
+        return runs.finished(self.folder)
+
+
+def do(jobs: Sequence[Job], description: str, workers: int) -> None:
+    """Do the jobs that are not done yet; with several workers each has one thread.
+
+    Raises:
+        GlocalError: a job's own, after the jobs that were running have been stopped.
+    """
+    open_jobs = [job for job in jobs if not job.done()]
+    if workers == 1 or len(open_jobs) < 2:
+        for job in open_jobs:
+            job.work(**job.arguments)
+        return
+    _do_at_once(open_jobs, description, workers)
+
+
+def _do_at_once(jobs: Sequence[Job], description: str, workers: int) -> None:
+    total = sum(job.iterations for job in jobs)
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread)
+    try:
+        waiting: set[Future[Any]] = {pool.submit(job.work, **job.arguments) for job in jobs}
+        with progress() as bar:
+            task = bar.add_task(description, total=total, info="")
+            while waiting:
+                finished, waiting = wait(waiting, timeout=2, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    future.result()
+                bar.update(task, completed=sum(_iterations_done(job) for job in jobs))
+    except BaseException:
+        _stop(pool)
+        raise
+    pool.shutdown()
+
+
+def _one_thread() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    # Bars of several processes would write over each other.
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _stop(pool: ProcessPoolExecutor) -> None:
+    # A run continues from its checkpoint, so that ending it at once loses seconds.
+    for process in list((pool._processes or {}).values()):
+        process.terminate()
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _iterations_done(job: Job) -> int:
+    """Read off the logs, so that workers need not report."""
+    if job.done():
+        return job.iterations
+    return sum(_last_iteration(log) for log in job.folder.glob("**/metrics.jsonl"))
+
+
+def _last_iteration(log: Path) -> int:
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, log.stat().st_size - 400))
+            last = file.read().rstrip(b"\n").rsplit(b"\n", 1)[-1]
+        return int(last.split(b'"iteration": ')[1].split(b",")[0])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def default_workers() -> int:
+    """As many processes as there are cores; with a GPU one, which is faster alone."""
+    import torch
+
+    return 1 if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)))
+
+

@@ -1,0 +1,55 @@
+"""The single steps as people give them: words from the command line over defaults."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from glocal.data.plan import PreprocessOptions
+from glocal.data.preprocess import preprocess
+from glocal.data.split import ProtocolOptions
+from glocal.data.store import Store
+from glocal.errors import GlocalError
+from glocal.experiments.derive import derived
+from glocal.experiments.recipe import read_recipe
+from glocal.finetuning.finetune import finetune
+from glocal.options import merged, parse_words, validated
+from glocal.pretraining.pretrain import pretrain
+
+
+def preprocess_with(dataset: Path, store: Path, recipe: str, words: Sequence[str], workers: int | None) -> Store:
+    """Preprocess a dataset as a recipe says, with `key=value` words over its part `preprocess`.
+
+    Raises:
+        GlocalError: what the user can correct.
+    """
+    settings = read_recipe(recipe, [f"data={dataset}"])
+    part = merged(settings.get("preprocess", {}), parse_words(words))
+    filled = derived({**settings, "preprocess": part, "data": str(dataset)})
+    return preprocess(dataset, store, validated(PreprocessOptions, filled["preprocess"], ""), workers=workers)
+
+
+def pretrain_with(store: Path, run: Path, method: str, words: Sequence[str]) -> Path:
+    """Pre-train with `method` and `key=value` words; words of `protocol` say how cases are split."""
+    settings = parse_words(words)
+    protocol = validated(ProtocolOptions, settings.pop("protocol", {}), "protocol")
+    return pretrain(store, run, {"method": method, **settings}, protocol)
+
+
+def finetune_with(store: Path, run: Path, labels: str, pretrained: Path | None, words: Sequence[str]) -> Path:
+    """Fine-tune on `labels` (a number or cases) with `key=value` words; words of `protocol` say how cases are split."""
+    settings = parse_words(words)
+    protocol = validated(ProtocolOptions, settings.pop("protocol", {}), "protocol")
+    return finetune(store, run, {**settings, "labels": parse_labels(labels)}, pretrained, protocol)
+
+
+def parse_labels(text: str) -> int | list[str]:
+    """`2` is a number of volumes, `CASE,CASE` are cases.
+
+    Raises:
+        GlocalError: neither.
+    """
+    if text.strip().isdigit() and int(text) > 0:
+        return int(text)
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names or text.strip().lstrip("+-").replace(".", "").isdigit():
+        raise GlocalError(f"--labels {text!r} is neither a number of volumes from 1 on nor a list of cases.")
+    return names

@@ -1,0 +1,148 @@
+"""The tables of a run: every measured row, one score per training, and differences paired with random."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from glocal import runs
+from glocal.errors import GlocalError
+from glocal.files import read_json, replacing, write_text
+
+KEYS = ["split", "contender", "labels", "draw", "checkpoint"]
+
+
+def collect_results(out: Path) -> pd.DataFrame:
+    """Every `evaluation.csv` below a run, with split, contender, budget and draw.
+
+    Returns:
+        One row per training, checkpoint, case and class; empty if nothing was measured.
+    """
+    frames = []
+    for path in sorted((out / "finetune").glob("split-*/*/labels-*/evaluation.csv")):
+        settings, draw = runs.settings_of(path.parent), read_json(path.parent / "split.json")["draw"]
+        frame = pd.read_csv(path)
+        facts = {
+            "split": settings["split"],
+            "contender": path.parent.parent.name,
+            "labels": len(draw["train"]),
+            "validation": len(draw["validation"]),
+            "draw": draw["index"],
+        }
+        for place, (key, value) in enumerate(facts.items()):
+            frame.insert(place, key, value)
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*KEYS, "validation", "dice"])
+
+
+def scores(results: pd.DataFrame) -> pd.DataFrame:
+    """Mean foreground Dice of each training: over classes per case first, then over cases.
+
+    Returns:
+        Columns split, contender, labels, draw, checkpoint, validation, dice.
+    """
+    per_case = results.groupby([*KEYS, "validation", "case"], sort=False)["dice"].mean()
+    return per_case.groupby([*KEYS, "validation"], sort=False).mean().reset_index()
+
+
+def paired(table: pd.DataFrame, baseline: str = "random") -> pd.DataFrame:
+    """Score minus that of the baseline with the same split, budget, draw and checkpoint.
+
+    Returns:
+        The columns of `scores` and `difference`; the baseline's own rows are left out.
+    """
+    keys = ["split", "labels", "draw", "checkpoint"]
+    base = table[table["contender"] == baseline].set_index(keys)["dice"].rename("base")
+    joined = table[table["contender"] != baseline].join(base, on=keys, how="inner")
+    return joined.assign(difference=joined["dice"] - joined["base"]).drop(columns="base")
+
+
+def summarise(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """One row per budget and contender: mean and deviation of the score, and of the difference paired with random."""
+    rows = []
+    differences = paired(table[table["checkpoint"] == "last"])
+    for (labels, validation), of_budget in table.groupby(["labels", "validation"], sort=True):
+        for contender in of_budget["contender"].unique():
+            mine = of_budget[of_budget["contender"] == contender]
+            last = mine[mine["checkpoint"] == "last"]["dice"]
+            best = mine[mine["checkpoint"] == "best"]["dice"]
+            delta = differences[(differences["labels"] == labels) & (differences["contender"] == contender)]["difference"]
+            rows.append(
+                {
+                    "labels": f"{labels} + {validation} for validation" if validation else str(labels),
+                    "contender": contender,
+                    "trainings": len(last),
+                    "dice": _spread(last),
+                    "best_dice": _spread(best) if len(best) else "",
+                    "difference": _spread(delta, signed=True) if len(delta) else "",
+                    "positive": f"{int((delta > 0).sum())} of {len(delta)}" if len(delta) else "",
+                }
+            )
+    return rows
+
+
+def _spread(values: pd.Series, signed: bool = False) -> str:
+    mean = f"{values.mean():+.3f}" if signed else f"{values.mean():.3f}"
+    return f"{mean} ± {values.std(ddof=1):.3f}" if len(values) > 1 else mean
+
+
+def caption(out: Path) -> str:
+    """What the numbers of a run's table are, in words."""
+    settings = runs.settings_of(out)
+    protocol = settings["protocol"]
+    subjects = "development subjects (for choosing settings)" if protocol["evaluate"] == "development" else "test subjects"
+    words = (
+        f"Volume-wise Dice in native resolution, mean over foreground classes, then over {subjects}; last checkpoint; "
+        f"mean ± standard deviation over {protocol['draws']} draw(s) of the labelled volumes in each split. "
+        "Differences are paired with random initialisation: same split, same labelled volumes. Draws of one split share "
+        "test subjects and pre-trained weights, so they are no independent trials."
+    )
+    if protocol["transductive"]:
+        words += " Transductive: the images of test subjects were part of the pre-training."
+    return words
+
+
+HEADINGS = {
+    "labels": "Labelled volumes",
+    "contender": "Pre-training",
+    "trainings": "Trainings",
+    "dice": "Dice",
+    "best_dice": "Dice, best on validation",
+    "difference": "Difference to random",
+    "positive": "Better than random",
+}
+
+
+def write_tables(out: Path) -> list[dict[str, Any]]:
+    """Write `results.csv`, `scores.csv` and `table.md` of a run; nothing if nothing was measured.
+
+    Returns:
+        The rows of the table.
+    """
+    results = collect_results(out)
+    if results.empty:
+        return []
+    table = scores(results)
+    for name, frame in (("results", results), ("scores", table)):
+        with replacing(out / f"{name}.csv") as temporary:
+            frame.to_csv(temporary, index=False, float_format="%.6g")
+    rows = summarise(table)
+    shown = [key for key in HEADINGS if any(row[key] != "" for row in rows)]
+    lines = [
+        "| " + " | ".join(HEADINGS[key] for key in shown) + " |",
+        "|" + "---|" * len(shown),
+        *("| " + " | ".join(str(row[key]) for key in shown) + " |" for row in rows),
+    ]
+    write_text(out / "table.md", "\n".join([*lines, "", caption(out), ""]))
+    return rows
+
+
+def read_table(out: Path) -> list[dict[str, Any]]:
+    """The rows of a finished run's table.
+
+    Raises:
+        GlocalError: the run has measured nothing.
+    """
+    if not (out / "scores.csv").exists():
+        raise GlocalError(f"{out} has measured nothing: no labelled volume was kept for testing.")
+    return summarise(pd.read_csv(out / "scores.csv"))

@@ -1,0 +1,230 @@
+"""Fine-tune a network on a few labelled volumes, keep the last and the best-validation weights, and measure them."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from glocal import runs
+from glocal.data.dataset import Dataset, read_dataset
+from glocal.data.image import write_like
+from glocal.data.sampling import Pool
+from glocal.data.split import Draw, ProtocolOptions, Split, draw_labels, make_split, read_split, refuse_leakage, write_split
+from glocal.data.store import Store
+from glocal.engine import device_named, train
+from glocal.errors import GlocalError
+from glocal.evaluation.evaluate import evaluate
+from glocal.evaluation.metrics import dice
+from glocal.files import replacing, write_json
+from glocal.finetuning.base import FinetuningOptions
+from glocal.finetuning.registry import finetuning_options, strategy_named
+from glocal.inference import native_mask, slice_probabilities
+from glocal.model import Header, Transfer, find_model, load_network, read_header, save_model, transfer
+from glocal.networks.base import SegmentationNetwork
+from glocal.networks.registry import build
+from glocal.randomness import seed_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def finetune(
+    store: Path | Store,
+    run: Path,
+    settings: Mapping[str, Any],
+    pretrained: Path | None = None,
+    protocol: ProtocolOptions | None = None,
+    split: Split | None = None,
+) -> Path:
+    """Fine-tune on the labelled volumes of one draw, then predict and measure the test (or development) cases.
+
+    Args:
+        store: what `preprocess` made.
+        run: the run folder; one that was begun with the same settings is continued.
+        settings: options of the strategy, `labels` among them.
+        pretrained: a pre-trained model file or run; None starts at random.
+        protocol: how cases are split where no `split` is given, and what is evaluated.
+        split: the cases by use; None takes that of the pre-training, else makes one.
+
+    Returns:
+        The model file with the last weights, `run/model.safetensors`.
+
+    Raises:
+        GlocalError: unknown settings, another run's folder, too few labels, or a test subject that training has seen.
+    """
+    started = time.time()
+    options, protocol = finetuning_options(settings), protocol or ProtocolOptions()
+    store = store if isinstance(store, Store) else Store.open(store)
+    source = None if pretrained is None else find_model(pretrained)
+    split = split or _split_of(pretrained, store, protocol, options.seed)
+    labels = options.labels
+    if not (isinstance(labels, int) or all(isinstance(case, str) for case in labels)):
+        raise GlocalError("A single fine-tuning takes one number of labels: several are for `glocal run`.")
+    draw = draw_labels(store.volumes, split, labels, options.validation, options.seed, options.draw)  # type: ignore[arg-type]
+    runs.begin(run, "finetune", _settings(store, options, source, split, protocol))
+    if runs.finished(run):
+        return run / "model.safetensors"
+    header, network, report = _start(store, options, source, split, draw, protocol)
+    write_split(run, split, draw)
+    if report is not None:
+        write_json(run / "transfer.json", report.as_dict())
+
+    device = device_named(options.device)
+    labelled, unlabelled = Pool(store, draw.train, device), Pool(store, split.pretrain, device)
+    strategy = strategy_named(options.strategy).make(network, labelled, unlabelled, options)
+    validate = _Validation(store, draw.validation, run / "best.safetensors", header, device) if draw.validation else None
+    warnings = train(strategy, options, run, run.name, validate, options.evaluate_every)
+    save_model(run / "model.safetensors", strategy.network.state_dict(), header)
+    cases = split.test if protocol.evaluate == "test" else split.development
+    cases = tuple(v.case for v in store.volumes if v.case in cases and v.labelled)
+    if cases:
+        measure(store, run, cases, device)
+    runs.finish(
+        run, started, kind="finetune", warnings=warnings, evaluated=protocol.evaluate if cases else None, cases=list(cases)
+    )
+    return run / "model.safetensors"
+
+
+def _split_of(pretrained: Path | None, store: Store, protocol: ProtocolOptions, seed: int) -> Split:
+    if pretrained is not None and (pretrained / "split.json").exists():
+        return read_split(pretrained)
+    return make_split(store.volumes, store.split, protocol, seed)
+
+
+def _settings(
+    store: Store, options: FinetuningOptions, source: Path | None, split: Split, protocol: ProtocolOptions
+) -> dict[str, Any]:
+    """What makes this run the run it is."""
+    before = None if source is None else read_header(source).provenance
+    return {
+        "store": store.digest(),
+        "pretrained": None if before is None else {**before["pretraining"], "stage": before["stage"]},
+        "split": split.index,
+        "evaluate": protocol.evaluate,
+        **options.model_dump(mode="json"),
+    }
+
+
+def _start(
+    store: Store,
+    options: FinetuningOptions,
+    source: Path | None,
+    split: Split,
+    draw: Draw,
+    protocol: ProtocolOptions,
+) -> tuple[Header, SegmentationNetwork, Transfer | None]:
+    """The model's header and the network, with pre-trained weights where there are any; refuses leakage."""
+    subject = {volume.case: volume.subject for volume in store.volumes}
+    labelled = sorted({subject[case] for case in draw.train + draw.validation})
+    refuse_leakage(store.volumes, split, labelled, "would be fine-tuned on", transductive=False)
+    before = None if source is None else read_header(source)
+    torch.manual_seed(seed_of(options.seed, "weights", options.draw))
+    network = build(before.network if before else options.network, store.plan.channels, len(store.labels))
+    report = None
+    if source is not None and before is not None:
+        if before.plan.options != store.plan.options or before.channels != store.plan.channels:
+            raise GlocalError(
+                f"{source} was pre-trained on slices that were preprocessed in another way: use the same preprocessing."
+            )
+        seen = before.provenance.get("subjects", [])
+        refuse_leakage(store.volumes, split, seen, "was seen in pre-training", before.provenance.get("transductive", False))
+        report = transfer(network, source)
+        if not report.transferred:
+            raise GlocalError(f"No weight of {source} fits the network: was it pre-trained with another one?")
+    header = Header(
+        kind="segmentation",
+        network=before.network if before else options.network,
+        channels=store.plan.channels,
+        labels=store.labels,
+        plan=store.plan,
+        provenance={
+            "dataset": store.name,
+            "finetuning": options.model_dump(mode="json"),
+            "papers": [strategy_named(options.strategy).paper] + ([before.provenance["paper"]] if before else []),
+            "pretraining": before.provenance if before else None,
+            "labelled": list(draw.train),
+            "validation": list(draw.validation),
+            "subjects": labelled,
+            **runs.environment(),
+        },
+    )
+    return header, network, report
+
+
+class _Validation:
+    """Looks at the validation volumes during training and keeps the best weights beside the last ones.
+
+    The best value so far is in the model file itself, so a run that is continued goes on comparing with it.
+    """
+
+    def __init__(self, store: Store, cases: tuple[str, ...], path: Path, header: Header, device: torch.device) -> None:
+        self.store, self.cases, self.path, self.header, self.device = store, cases, path, header, device
+
+    def __call__(self, strategy: nn.Module) -> dict[str, float]:
+        """Mean foreground Dice over the validation volumes, on preprocessed slices."""
+        network: Any = strategy.network
+        values = []
+        for case in self.cases:
+            images = self.store.volume(case)
+            mask = slice_probabilities(network, images, self.device).argmax(1).numpy()
+            truth = self._truth(case).numpy()
+            values += [dice(mask == k, truth == k) for k in self.store.labels.values() if k]
+        value = float(np.mean(values))
+        best = read_header(self.path).provenance["validation_dice"] if self.path.exists() else -1.0
+        if value > best:
+            provenance = {**self.header.provenance, "validation_dice": value}
+            save_model(self.path, network.state_dict(), self.header.model_copy(update={"provenance": provenance}))
+        return {"validation_dice": value}
+
+    def _truth(self, case: str) -> Tensor:
+        first = int(self.store.first[self.store.index_of(case)])
+        return self.store.labels_of(torch.arange(first, first + int(self.store.count_of[first])))
+
+
+def measure(store: Store, run: Path, cases: tuple[str, ...], device: torch.device) -> "pd.DataFrame":
+    """Predict cases in native geometry and write `evaluation.csv`: one row per checkpoint, case and class.
+
+    The masks of the last checkpoint stay in `predictions/`, those of the best in `predictions-best/`.
+
+    Raises:
+        GlocalError: the raw dataset is no longer where the store was made from.
+    """
+    import pandas as pd
+
+    dataset = read_dataset(store.dataset)
+    frames = []
+    for name, folder in (("last", "predictions"), ("best", "predictions-best")):
+        model = run / ("model.safetensors" if name == "last" else "best.safetensors")
+        if not model.exists():
+            continue
+        network = load_network(model)[0].to(device)
+        _predict_all(network, store, dataset, cases, run / folder, device)
+        frame = evaluate(
+            run / folder,
+            dataset.root,
+            class_names=store.labels,
+            spacing_known=store.plan.options.spacing_known,
+            cases=cases,
+        )
+        frame.insert(0, "checkpoint", name)
+        frames.append(frame)
+    table = pd.concat(frames, ignore_index=True)
+    subject = {volume.case: volume.subject for volume in store.volumes}
+    table.insert(2, "subject", table["case"].map(subject))
+    with replacing(run / "evaluation.csv") as temporary:
+        table.to_csv(temporary, index=False)
+    return table
+
+
+def _predict_all(
+    network: nn.Module, store: Store, dataset: Dataset, cases: tuple[str, ...], folder: Path, device: torch.device
+) -> None:
+    images = {case.name: case.images[0] for case in dataset.cases}
+    for case in cases:
+        undo = store.volumes[store.index_of(case)].undo
+        mask = native_mask(slice_probabilities(network, store.volume(case), device), undo)
+        write_like(folder / f"{case}{dataset.file_ending}", mask, images[case])

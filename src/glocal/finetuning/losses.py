@@ -1,0 +1,27 @@
+"""Segmentation losses, from MONAI, with the settings of the papers."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from monai.losses import DiceCELoss, DiceLoss
+from torch import Tensor
+
+
+def segmentation_loss(name: Literal["dice", "dice+ce"]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Loss of logits `(B, K, H, W)` and labels `(B, H, W)`.
+
+    `dice`: 1 - mean over images and classes, background included, of 2 sum(pg) / (sum(p) + sum(g) + 1e-10)
+    (Chaitanya et al. 2020, code). `dice+ce`: cross-entropy plus soft Dice of the foreground classes over the batch,
+    so that slices without a class do not count against it.
+    """
+    common = {"softmax": True, "to_onehot_y": True}
+    if name == "dice":
+        loss = DiceLoss(include_background=True, smooth_nr=0.0, smooth_dr=1e-10, **common)
+    else:
+        loss = DiceCELoss(include_background=False, batch=True, **common)
+
+    def of(logits: Tensor, labels: Tensor) -> Tensor:
+        value: Tensor = loss(logits.float(), labels[:, None])
+        return value
+
+    return of

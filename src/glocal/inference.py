@@ -1,0 +1,147 @@
+"""From a volume to its mask: slices through the network, probabilities back to native geometry, argmax there."""
+
+import contextlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from glocal.data.image import FILE_ENDINGS, Volume, file_ending, is_volume_file, read_image, write_like
+from glocal.data.orientation import Undo
+from glocal.data.plan import Plan
+from glocal.data.prepare import prepare, restore
+from glocal.engine import device_named, fabric_for
+from glocal.errors import GlocalError
+from glocal.files import replacing
+from glocal.model import find_model, load_network
+from glocal.progress import track
+
+SLICES_AT_ONCE = 32
+
+
+def slice_probabilities(network: nn.Module, images: Tensor, device: torch.device) -> Tensor:
+    """Class probabilities of slices.
+
+    Args:
+        network: gives logits; set to evaluation mode here.
+        images: `(n, C, H, W)` float32.
+
+    Returns:
+        `(n, K, H, W)` float32 on the CPU.
+    """
+    network.eval()
+    precision = fabric_for(device, "auto").autocast() if device.type == "cuda" else contextlib.nullcontext()
+    with torch.inference_mode(), precision:
+        parts = [network(part.to(device)).float().softmax(1).cpu() for part in images.split(SLICES_AT_ONCE)]
+    return torch.cat(parts)
+
+
+def native_mask(probabilities: Tensor, undo: Undo) -> NDArray[np.uint8]:
+    """Slice probabilities `(n, K, H, W)` as a mask `(z, y, x)`: restored to native resolution first, argmax there."""
+    return restore(probabilities, undo).argmax(0).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Input:
+    """A case to predict: its channel files (or one DICOM folder) and the mask's file name."""
+
+    name: str
+    files: tuple[Path, ...]
+    target: str
+
+
+def list_inputs(images: Path, channels: int) -> list[Input]:
+    """The cases in a folder: image files (`CASE_0000...` per channel, or any name with one channel), DICOM folders.
+
+    Raises:
+        GlocalError: nothing to read, a missing channel, or two cases of one name.
+    """
+    if not images.exists():
+        raise GlocalError(f"{images} does not exist: give a folder of images, or one image file.")
+    files = [images] if images.is_file() else sorted(p for p in images.iterdir() if not p.name.startswith("."))
+    cases: dict[str, dict[int, Path]] = {}
+    for path in files:
+        if path.is_dir() or is_volume_file(path):
+            stem = path.name if path.is_dir() else path.name.removesuffix(file_ending(path))
+            match = re.fullmatch(r"(.+)_(\d{4})", stem)
+            name, channel = (match[1], int(match[2])) if match else (stem, 0)
+            if channel in cases.setdefault(name, {}):
+                raise GlocalError(f"{path} and {cases[name][channel].name} would write one mask: rename one of them.")
+            cases[name][channel] = path
+    if not cases and images.is_dir() and any(path.is_file() for path in files):
+        cases = {images.name: {0: images}}  # the folder may be one DICOM series itself
+    if not cases:
+        raise GlocalError(f"{images} holds no image (files ending in {', '.join(FILE_ENDINGS)}, or DICOM folders).")
+    return [_input(name, found, channels) for name, found in sorted(cases.items())]
+
+
+def _input(name: str, found: dict[int, Path], channels: int) -> Input:
+    if sorted(found) != list(range(channels)):
+        wanted = ", ".join(f"{name}_{channel:04d}" for channel in range(channels))
+        raise GlocalError(f"The model needs {channels} channel(s) of {name} ({wanted}), found {len(found)}.")
+    first = found[0]
+    ending = ".nii.gz" if first.is_dir() else file_ending(first)  # a mask of a DICOM series is written as NIfTI
+    return Input(name, tuple(found[channel] for channel in range(channels)), name + ending)
+
+
+def predict(
+    model: Path, images: Path, out: Path, probabilities: bool = False, device: str = "auto", overwrite: bool = False
+) -> list[Path]:
+    """Predict masks for all images of a folder, in their native geometry, format and header.
+
+    Args:
+        model: a model file or a run folder.
+        images: a folder of image files or DICOM series, or one file.
+        out: folder for the masks; `CASE` and the ending of the input, as nnU-Net names them.
+        probabilities: also write `CASE.npz` with `probabilities` `(K, z, y, x)` float16.
+        overwrite: replace masks that exist; without it they are kept and skipped, so that a stopped prediction continues.
+
+    Returns:
+        The masks' paths.
+
+    Raises:
+        GlocalError: no such model or images, an unreadable image, or `out` is the images' folder.
+    """
+    network, header = load_network(find_model(model))
+    if out.resolve() == (images if images.is_dir() else images.parent).resolve():
+        raise GlocalError(f"{out} holds the images themselves: choose another folder for the masks.")
+    where = device_named(device)
+    network = network.to(where)
+    inputs = list_inputs(images, header.channels)
+    masks = []
+    for case in track(inputs, "Predicting", len(inputs)):
+        target = out / case.target
+        if overwrite or not target.exists() or (probabilities and not (out / f"{case.name}.npz").exists()):
+            _predict_case(network, header.plan, case, target, probabilities, where)
+        masks.append(target)
+    return masks
+
+
+def _predict_case(
+    network: nn.Module, plan: Plan, case: Input, target: Path, probabilities: bool, device: torch.device
+) -> None:
+    prepared = prepare(read_case(case), plan)
+    native = restore(slice_probabilities(network, prepared.images, device), prepared.undo)
+    if probabilities:
+        with replacing(target.parent / f"{case.name}.npz") as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, probabilities=native.astype(np.float16))
+    # Last, because its presence says that the case is done.
+    write_like(target, native.argmax(0).astype(np.uint8), case.files[0])
+
+
+def read_case(case: Input) -> Volume:
+    """The channels of a case.
+
+    Raises:
+        GlocalError: unreadable, or not one finite three-dimensional volume.
+    """
+    volume = read_image(case.files)
+    if not np.isfinite(volume.array).all():
+        raise GlocalError(f"{case.files[0]} holds values that are not numbers (NaN or infinite): export it again.")
+    return volume
+
+

@@ -1,0 +1,65 @@
+"""Where figures go besides `metrics.jsonl`: TensorBoard, and MLflow for groups that keep a server of their own."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_fabric.loggers import Logger, TensorBoardLogger
+
+from glocal.errors import GlocalError
+
+
+def make_logger(name: str, folder: Path) -> Logger:
+    """The logger `name` (`tensorboard` or `mlflow`) of the run in `folder`.
+
+    Raises:
+        GlocalError: MLflow is asked for and not installed.
+    """
+    if name == "tensorboard":
+        return TensorBoardLogger(root_dir=folder, name="tensorboard", version="")
+    return MLflowLogger(folder)
+
+
+class MLflowLogger(Logger):
+    """Figures to the MLflow server that `MLFLOW_TRACKING_URI` names (MLflow's own default otherwise)."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import mlflow
+        except ImportError as error:
+            raise GlocalError('log=mlflow needs MLflow: pip install "glocal[mlflow]".') from error
+        experiment = mlflow.set_experiment("glocal")
+        self._client = mlflow.MlflowClient()
+        # A run that continues writes into its first MLflow run.
+        known = folder / "mlflow_run"
+        if known.exists():
+            self._run = known.read_text(encoding="utf-8")
+        else:
+            run = self._client.create_run(experiment.experiment_id, run_name="/".join(folder.parts[-3:]))
+            self._run = run.info.run_id
+            folder.mkdir(parents=True, exist_ok=True)
+            known.write_text(self._run, encoding="utf-8")
+
+    @property
+    def name(self) -> str:
+        """Name of the logger."""
+        return "mlflow"
+
+    @property
+    def version(self) -> str:
+        """Identity of the MLflow run."""
+        return self._run
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Send figures of one iteration."""
+        for key, value in metrics.items():
+            self._client.log_metric(self._run, key, float(value), step=step)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Send settings."""
+        for key, value in dict(params).items():
+            self._client.log_param(self._run, key, value)
+
+    def finalize(self, status: str) -> None:
+        """Mark the MLflow run as ended."""
+        self._client.set_terminated(self._run)

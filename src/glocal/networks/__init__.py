@@ -1,0 +1,1 @@
+"""Networks that show their taps: encode, decode, segment."""

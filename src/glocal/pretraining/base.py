@@ -1,0 +1,96 @@
+"""What a pre-training method is: options, and one or more stages that each turn a step into losses."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glocal.contrast.collapse import is_collapsed
+from glocal.data.sampling import Pool
+from glocal.engine import TrainingOptions
+from glocal.networks.base import SegmentationNetwork
+
+COLLAPSED = (
+    "All embeddings have become equal: the pre-training has collapsed and its weights are worth no more than random "
+    "ones. Lower learning_rate, raise warmup_iterations or temperature, or use a larger batch, in a new run folder."
+)
+
+
+class Stage(nn.Module):
+    """One stage: it knows the network, the slices it may see and the method's options.
+
+    A method's stage adds its heads and says in `losses(step)` what is minimised. It trains the network's parts that
+    it names in `trained`; all other weights are frozen.
+
+    Args:
+        network: its parts are `encoder`, `decoder.0`, ..., `head`.
+        pool: the slices to learn from.
+        options: the method's own.
+        trained: names of the network's parts that this stage optimises.
+        frozen: parts it uses as they are; their batch norm runs in evaluation mode.
+    """
+
+    def __init__(
+        self,
+        network: SegmentationNetwork,
+        pool: Pool,
+        options: Any,
+        trained: tuple[str, ...],
+        frozen: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.network, self.pool, self.options = network, pool, options
+        self.trained, self.frozen = trained, frozen
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name.startswith(tuple(f"{part}." for part in trained)))
+        self._embeddings: Tensor | None = None
+
+    def losses(self, step: int) -> dict[str, Tensor]:
+        """Losses of iteration `step`; `loss` is minimised, the others are only logged."""
+        raise NotImplementedError
+
+    def forward(self, step: int) -> dict[str, Tensor]:
+        """The same as `losses`: what the engine calls."""
+        return self.losses(step)
+
+    def train(self, mode: bool = True) -> "Stage":
+        """Training mode for everything but the frozen parts."""
+        super().train(mode)
+        for part in self.frozen:
+            self.network.get_submodule(part).train(False)
+        return self
+
+    def watch(self, embeddings: Tensor) -> None:
+        """Remember embeddings `(N, C)` for the collapse warning."""
+        self._embeddings = embeddings.detach()
+
+    def warning(self) -> str | None:
+        """Asked for by the engine now and then."""
+        if self._embeddings is not None and bool(is_collapsed(self._embeddings)):
+            return COLLAPSED
+        return None
+
+    def bottleneck_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of the bottleneck for the images of the pool."""
+        image = self.pool.store.images(self.pool.slices[:1])
+        with torch.no_grad():
+            was = self.network.training
+            shape = self.network.eval().encode(image)[-1].shape
+            self.network.train(was)
+        return shape[1], shape[2], shape[3]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pre-training method by name.
+
+    `stages(options)` lists its stages in order: a name for the folder, and what makes the stage from network, pool
+    and options.
+    """
+
+    paper: str
+    summary: str
+    options: type[TrainingOptions]
+    stages: Callable[[Any], list[tuple[str, Callable[[SegmentationNetwork, Pool, Any], Stage]]]]

@@ -1,0 +1,113 @@
+"""PCL: positional contrastive learning (Zeng D. et al., MICCAI 2021).
+
+Slices at nearly the same relative position of any two volumes show the same anatomy: they attract each other, all
+others repel. With `labels=partition` the neighbours are those of the same quarter of the volume ("GCL" in PCL's and
+JCL's tables).
+"""
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from glocal.contrast.losses import contrastive_loss
+from glocal.contrast.pairs import on_lattice, pcl_partition, position_of, positional, same_label
+from glocal.data.sampling import Pool
+from glocal.engine import TrainingOptions
+from glocal.networks.base import SegmentationNetwork
+from glocal.networks.heads import GlobalHead, PooledHead
+from glocal.networks.registry import NetworkOptions
+from glocal.pretraining.base import Method, Stage
+from glocal.randomness import generator
+from glocal.views.intensity import IntensityOptions
+from glocal.views.spatial import SpatialOptions
+from glocal.views.view import ViewOptions, draw_view
+
+
+class Options(TrainingOptions):
+    """Defaults as the paper and its code have them, but for a lower learning rate with warm-up (no collapse)."""
+
+    method: Literal["pcl"] = "pcl"
+    network: NetworkOptions = NetworkOptions()
+    optimizer: Literal["adamw", "adam", "sgd"] = "sgd"
+    learning_rate: float = Field(0.01, gt=0)
+    weight_decay: float = Field(1e-5, ge=0)
+    max_iterations: int = Field(10_000, ge=1)
+    batch: int = Field(32, ge=2, description="slices per step; each is seen in two views")
+    threshold: float = Field(0.11, gt=0, description="t: positions nearer than this attract; keep off multiples of 1/n")
+    position: Literal["pcl", "centre"] = Field("pcl", description="(i + 1) / n as the code, or (i + 0.5) / n")
+    labels: Literal["position", "partition"] = "position"
+    temperature: float = Field(0.1, gt=0)
+    scale: Literal["supcon", "none"] = Field("supcon", description="supcon: the loss times temperature / 0.07")
+    head: Literal["pooled", "flat"] = Field("pooled", description="average pooling as in PCL, or flattening as in GCL")
+    hidden: int = Field(512, ge=1, description="hidden width of the flat head")
+    outputs: int = Field(512, ge=1, description="width of the embedding")
+    augmentation: ViewOptions = ViewOptions(
+        spatial=SpatialOptions(rotation=180, scale=(0.7, 1.3), elastic=4, flip=(0.5, 0.5), probability=0.67),
+        intensity=IntensityOptions(),
+    )
+
+
+class Encoder(Stage):
+    """Trains the encoder on slices of all volumes."""
+
+    def __init__(self, network: SegmentationNetwork, pool: Pool, options: Options) -> None:
+        super().__init__(network, pool, options, trained=("encoder",))
+        channels, height, width = self.bottleneck_size()
+        self.head = (
+            PooledHead(channels, options.outputs)
+            if options.head == "pooled"
+            else GlobalHead(channels * height * width, options.hidden, options.outputs)
+        )
+
+    def losses(self, step: int) -> dict[str, Tensor]:
+        """Eq. 2 of the paper: the SupCon loss with positions instead of classes."""
+        o: Options = self.options
+        slices = self.pool.epoch(o.batch, o.seed, step)
+        images = self.pool.images(slices)
+        views = [
+            draw_view(o.augmentation, len(slices), images.shape[-2:], generator(o.seed, step, view)).image(images)
+            for view in range(2)
+        ]
+        embeddings = self.head(self.network.encode(torch.cat(views))[-1])
+        number, count = slices.number.repeat(2), slices.count.repeat(2)
+        if o.labels == "position":
+            image = torch.arange(len(slices)).repeat(2)
+            positive, negative = positional(image, position_of(number, count, o.position), o.threshold)
+        else:
+            positive, negative = same_label(pcl_partition(number, count))
+        loss = contrastive_loss(
+            embeddings,
+            positive.to(embeddings.device),
+            negative.to(embeddings.device),
+            o.temperature,
+            denominator="all",
+        )
+        self.watch(embeddings)
+        return {"loss": loss * (o.temperature / 0.07 if o.scale == "supcon" else 1.0)}
+
+
+    def warning(self) -> str | None:
+        """Collapse, or a threshold whose neighbours hang on rounding."""
+        o: Options = self.options
+        counts = self.pool.store.count_of[self.pool.slices].unique()
+        borderline = counts[on_lattice(o.threshold, counts)]
+        if o.labels == "position" and len(borderline):
+            return (
+                f"threshold={o.threshold} is a multiple of 1/n for volumes of {int(borderline[0])} slices: whether neighbours "
+                f"attract hangs on rounding there; take {o.threshold * 0.9:.3g} or {o.threshold * 1.1:.3g}."
+            )
+        return super().warning()
+
+
+def _stages(options: Any) -> list[tuple[str, Any]]:
+    return [("encoder", Encoder)]
+
+
+PCL = Method(
+    paper="D. Zeng et al.: Positional contrastive learning for volumetric medical image segmentation. MICCAI 2021.",
+    summary="slices at the same relative position of any volumes attract each other",
+    options=Options,
+    stages=_stages,
+)

@@ -1,0 +1,121 @@
+"""Pre-train a network on a store, stage after stage, and keep exactly what was trained."""
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from glocal import runs
+from glocal.data.sampling import Pool
+from glocal.data.split import ProtocolOptions, Split, make_split, refuse_leakage, write_split
+from glocal.data.store import Store
+from glocal.engine import TrainingOptions, device_named, train
+from glocal.files import replacing, write_json
+from glocal.model import Header, save_model, transfer
+from glocal.networks.base import SegmentationNetwork
+from glocal.networks.registry import build
+from glocal.pretraining.base import Method, Stage
+from glocal.pretraining.registry import method_named, pretraining_options
+from glocal.randomness import seed_of
+
+
+def pretrain(
+    store: Path | Store,
+    run: Path,
+    settings: Mapping[str, Any],
+    protocol: ProtocolOptions | None = None,
+    split: Split | None = None,
+) -> Path:
+    """Pre-train a network on the images of a store's pre-training cases (labels are never read).
+
+    Args:
+        store: what `preprocess` made.
+        run: the run folder; one that was begun with the same settings is continued.
+        settings: `method` and any of its options.
+        protocol: says which cases may be seen when no `split` is given.
+        split: the cases by use.
+
+    Returns:
+        The model file, `run/model.safetensors`.
+
+    Raises:
+        GlocalError: unknown settings, another run's folder, or a test subject among the cases to train on.
+    """
+    started = time.time()
+    options = pretraining_options(settings)
+    method = method_named(settings["method"])
+    store = store if isinstance(store, Store) else Store.open(store)
+    protocol = protocol or ProtocolOptions()
+    split = split or make_split(store.volumes, store.split, protocol, options.seed)
+    cases = split.pretrain + (split.test if protocol.transductive else ())
+    subjects = sorted({v.subject for v in store.volumes if v.case in cases})
+    refuse_leakage(store.volumes, split, subjects, "would be pre-trained on", protocol.transductive)
+
+    settings_now = {"store": store.digest(), "transductive": protocol.transductive, **options.model_dump(mode="json")}
+    runs.begin(run, "pretrain", settings_now)
+    target = run / "model.safetensors"
+    if runs.finished(run):
+        return target
+    write_split(run, split)
+    header = Header(
+        kind="pretrained",
+        network=options.network,  # type: ignore[attr-defined]  # every method has it
+        channels=store.plan.channels,
+        labels=store.labels,
+        plan=store.plan,
+        provenance={
+            "pretraining": options.model_dump(mode="json"),
+            "paper": method.paper,
+            "subjects": subjects,
+            "transductive": protocol.transductive,
+            **runs.environment(),
+        },
+    )
+    warnings = _train_stages(method, options, Pool(store, cases, device_named(options.device)), run, header)
+    with replacing(target) as temporary:
+        shutil.copyfile(_last_stage(method, options, run), temporary)
+    runs.finish(run, started, kind="pretrain", warnings=warnings)
+    return target
+
+
+def _stage_folder(run: Path, number: int, name: str) -> Path:
+    return run / f"stage-{number}-{name}"
+
+
+def _last_stage(method: Method, options: TrainingOptions, run: Path) -> Path:
+    stages = method.stages(options)
+    return _stage_folder(run, len(stages), stages[-1][0]) / "model.safetensors"
+
+
+def _train_stages(method: Method, options: TrainingOptions, pool: Pool, run: Path, header: Header) -> list[str]:
+    """Train every stage that is not done; each begins with exactly what the stage before it trained."""
+    warnings: list[str] = []
+    before: Path | None = None
+    trained: tuple[str, ...] = ()
+    for number, (name, make) in enumerate(method.stages(options), start=1):
+        folder = _stage_folder(run, number, name)
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(seed_of(options.seed, "weights"))
+        network = build(header.network, header.channels, len(header.labels))
+        if before is not None:
+            write_json(folder / "transfer.json", transfer(network, before).as_dict())
+        torch.manual_seed(seed_of(options.seed, "heads", number))
+        stage = make(network, pool, options)
+        trained += tuple(part for part in stage.trained if part not in trained)
+        before = folder / "model.safetensors"
+        if not before.exists():
+            warnings += train(stage, options, folder, f"{run.name}: {name}")
+            provenance = {**header.provenance, "stage": name, "parts": list(trained)}
+            stage_header = header.model_copy(update={"provenance": provenance})
+            save_model(before, _parts(stage.network, trained), stage_header)
+    return warnings
+
+
+def _parts(network: nn.Module, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The weights and running statistics of some parts of a network."""
+    prefixes = tuple(f"{name}." for name in names)
+    return {key: value for key, value in network.state_dict().items() if key.startswith(prefixes)}

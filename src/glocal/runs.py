@@ -1,0 +1,114 @@
+"""A run is a folder: the settings it was begun with, what made it, and whether it is done."""
+
+import platform
+import resource
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from glocal import __version__
+from glocal.errors import GlocalError
+from glocal.files import read_json, write_json, write_text
+
+# These say where and how fast a run computes, not what: it may continue elsewhere.
+_FREE_KEYS = {"device", "log"}
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level: `{"views": {"rotation": 3}}` becomes `{"views.rotation": 3}`."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def begin(folder: Path, kind: str, settings: dict[str, Any]) -> None:
+    """Begin a run in `folder`, or continue the one that was begun there with the same settings.
+
+    Args:
+        folder: the run folder; created if absent.
+        kind: `pretrain`, `finetune` or `run`.
+        settings: plain values as YAML holds them.
+
+    Raises:
+        GlocalError: the folder holds something else, or a run that was begun with other settings (names the key).
+    """
+    recipe = folder / "recipe.yaml"
+    settings = yaml.safe_load(yaml.safe_dump({"kind": kind, **settings}, sort_keys=False))
+    if recipe.exists():
+        try:
+            begun = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise GlocalError(f"{recipe} cannot be read as YAML: choose another run folder.") from error
+        _refuse_difference(folder, begun, settings)
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise GlocalError(f"{folder} is not empty and holds no run: choose another folder.")
+    if folder.exists() and not folder.is_dir():
+        raise GlocalError(f"{folder} is a file: choose a folder for the run.")
+    write_text(recipe, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+
+def _refuse_difference(folder: Path, begun: Any, now: dict[str, Any]) -> None:
+    old, new = flatten(begun if isinstance(begun, dict) else {}), flatten(now)
+    for key in sorted(old.keys() | new.keys()):
+        if key.rsplit(".", 1)[-1] not in _FREE_KEYS and old.get(key) != new.get(key):
+            raise GlocalError(
+                f"{folder} was begun with {key}={old.get(key)}, now it is {new.get(key)}: "
+                "choose another run folder, or give the first value to continue."
+            )
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """The settings a run was begun with.
+
+    Raises:
+        GlocalError: the folder holds no run.
+    """
+    try:
+        settings = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise GlocalError(f"{folder} holds no run of glocal (no readable recipe.yaml).") from error
+    if not isinstance(settings, dict):
+        raise GlocalError(f"{folder / 'recipe.yaml'} is not a recipe.")
+    return settings
+
+
+def finish(folder: Path, started: float, **facts: Any) -> None:
+    """Write `manifest.json`: the run is done; versions, machine, time, peak memory and the given facts."""
+    write_json(folder / "manifest.json", {**facts, **environment(), "seconds": round(time.time() - started, 1)})
+
+
+def finished(folder: Path) -> bool:
+    """Whether the run in `folder` was completed."""
+    return (folder / "manifest.json").exists()
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """What `finish` wrote.
+
+    Raises:
+        GlocalError: the run is not finished.
+    """
+    if not finished(folder):
+        raise GlocalError(f"The run in {folder} is not finished: start its command again, it continues.")
+    content: dict[str, Any] = read_json(folder / "manifest.json")
+    return content
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, date and the peak memory of this process (MiB)."""
+    packages = ("torch", "lightning-fabric", "monai", "simpleitk", "numpy", "scipy")
+    return {
+        "glocal": __version__,
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "machine": f"{platform.system()} {platform.machine()}",
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }

@@ -1,0 +1,1 @@
+"""Random views that remember where each of their pixels came from."""

@@ -1,0 +1,142 @@
+"""Intensity transforms of a batch: drawn per image, applied to all images at once."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.nn.functional import pad
+
+from glocal.views.ranges import PositiveRange, Probability, Range, log_uniform
+
+
+class IntensityOptions(BaseModel):
+    """How far each image's values may be changed; every default leaves them as they are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    brightness: float = Field(0.0, ge=0, description="Largest value added or taken away.")
+    contrast: float = Field(
+        0.0, ge=0, description="Largest change of the factor 1 on the distance to the image's mean."
+    )
+    gamma: PositiveRange = Field((1.0, 1.0), description="Exponent of the values, each doubling equally likely.")
+    noise: float = Field(0.0, ge=0, description="Largest standard deviation of the Gaussian noise.")
+    blur: float = Field(0.0, ge=0, description="Largest standard deviation of the Gaussian blur, in pixels.")
+    clip: Range | None = Field(None, description="Range that all values of all images are cut to at the end.")
+    probability: Probability = Field(1.0, description="Probability of each of the five changes, for each image.")
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """One draw for B images. Each change has one number per image, (B,), or is None where its option is off.
+
+    `rows` (B,) are the images' places among the `total` drawn together: a share of a draw gets its share of the noise.
+    """
+
+    rows: Tensor
+    total: int
+    seed: int
+    radius: int = 0
+    blur: Tensor | None = None
+    gamma: Tensor | None = None
+    contrast: Tensor | None = None
+    brightness: Tensor | None = None
+    noise: Tensor | None = None
+    clip: tuple[float, float] | None = None
+
+    @staticmethod
+    def identity(batch: int) -> "Intensity":
+        """The draw that leaves `batch` images as they are."""
+        return Intensity(torch.arange(batch), batch, 0)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: slice | Tensor) -> "Intensity":
+        return self._each(lambda numbers: numbers[rows])
+
+    def to(self, device: torch.device | str) -> "Intensity":
+        """The same draw on another device."""
+        return self._each(lambda numbers: numbers.to(device))
+
+    def image(self, x: Tensor) -> Tensor:
+        """The changed images (B, C, H, W), same shape and dtype (x itself if nothing is drawn).
+
+        In this order: blur; gamma as sign(x) |x|^gamma, so that values below 0 keep their sign; contrast about each
+        channel's mean, and brightness (GLCL, Chaitanya et al. 2020); noise; clip. The same draw gives the same noise on
+        the same kind of device.
+        """
+        draw = self.to(x.device)
+        out = x if x.dtype == torch.float64 else x.float()
+        if draw.blur is not None:
+            out = gaussian_blur(out, draw.blur, self.radius)
+        if draw.gamma is not None:
+            out = out.abs().pow(_column(draw.gamma, out)).copysign(out)
+        if draw.contrast is not None or draw.brightness is not None:
+            out = draw._linear(out)
+        if draw.noise is not None:
+            generator = torch.Generator(x.device).manual_seed(self.seed)
+            noise = torch.randn(self.total, *x.shape[1:], generator=generator, device=x.device)[draw.rows]
+            out = out + noise.mul_(_column(draw.noise, noise))
+        if self.clip is not None:
+            out = out.clamp(*self.clip)
+        return out.to(x.dtype)
+
+    def _linear(self, x: Tensor) -> Tensor:
+        """Contrast and brightness in one pass."""
+        offset = torch.zeros_like(x[:, :1, :1, :1]) if self.brightness is None else _column(self.brightness, x)
+        if self.contrast is None:
+            return x + offset
+        factor = _column(self.contrast, x)
+        return torch.addcmul(x.mean((2, 3), keepdim=True) * (1 - factor) + offset, x, factor)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Intensity":
+        changed: dict[str, Any] = {name: change(kept) for name, kept in vars(self).items() if isinstance(kept, Tensor)}
+        return replace(self, **changed)
+
+
+def _column(numbers: Tensor, x: Tensor) -> Tensor:
+    return numbers.to(x.dtype).view(-1, 1, 1, 1)
+
+
+def gaussian_blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    """Blur images (B, C, H, W) with standard deviations `sigma` (B,), cut at `radius`, in pixels; edges repeated."""
+    steps = torch.arange(-radius, radius + 1, device=x.device)
+    weights = torch.exp(-0.5 * (steps / sigma[:, None].clamp_min(1e-3)) ** 2)
+    weights = _column((weights / weights.sum(1, keepdim=True)).flatten(), x).view(len(x), -1, 1, 1, 1)
+    for axis, border in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
+        # Shifted sums stay in full precision on every device, where a convolution may round.
+        wide, side = pad(x, border, mode="replicate"), x.shape[axis]
+        x = wide.narrow(axis, 0, side) * weights[:, 0]
+        for step in range(1, 2 * radius + 1):
+            x.addcmul_(wide.narrow(axis, step, side), weights[:, step])
+    return x
+
+
+def draw_intensity(options: IntensityOptions, batch: int, generator: torch.Generator) -> Intensity:
+    """Draw changes for `batch` images from a CPU generator.
+
+    Every option has its own random numbers: changing one leaves the others' draws as they were.
+    """
+    chances = torch.rand(10, batch, generator=generator)
+    seed = int(torch.randint(2**62, (), generator=generator))
+    chosen, chances = chances[5:] < options.probability, chances[:5]
+
+    def numbers(index: int, wanted: bool, values: Tensor, neutral: float) -> Tensor | None:
+        return torch.where(chosen[index], values, neutral) if wanted else None
+
+    return Intensity(
+        rows=torch.arange(batch),
+        total=batch,
+        seed=seed,
+        radius=math.ceil(3 * options.blur),
+        blur=numbers(0, options.blur > 0, options.blur * chances[0], 0.0),
+        gamma=numbers(1, options.gamma != (1, 1), log_uniform(chances[1], options.gamma), 1.0),
+        contrast=numbers(2, options.contrast > 0, 1 + options.contrast * (2 * chances[2] - 1), 1.0),
+        brightness=numbers(3, options.brightness > 0, options.brightness * (2 * chances[3] - 1), 0.0),
+        noise=numbers(4, options.noise > 0, options.noise * chances[4], 0.0),
+        clip=options.clip,
+    )

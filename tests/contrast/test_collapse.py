@@ -1,0 +1,40 @@
+import math
+
+import pytest
+import torch
+
+from glocal.contrast.collapse import collapse_value, is_collapsed
+
+
+def spread(cosine: float, n: int = 10) -> torch.Tensor:
+    """n vectors whose pairwise cosine is the same everywhere."""
+    return math.sqrt(1 - cosine) * torch.eye(n, n + 1) + math.sqrt(cosine) * torch.eye(n + 1)[-1]
+
+
+@pytest.mark.parametrize(("cosine", "collapsed"), [(1.0, True), (0.99995, True), (0.9998, False), (0.5, False)])
+def test_the_mean_cosine_decides(cosine: float, collapsed: bool) -> None:
+    z = spread(cosine) * torch.arange(1, 11)[:, None]  # lengths do not matter
+    assert bool(is_collapsed(z)) is collapsed
+
+
+def test_the_value_compared_is_the_mean_cosine_of_all_pairs() -> None:
+    z = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cosine = torch.nn.functional.cosine_similarity(z[:, None], z, dim=-1)
+    mean = (cosine.sum() - 7).item() / 42
+    assert bool(is_collapsed(z, 1 - mean + 1e-9))
+    assert not bool(is_collapsed(z, 1 - mean - 1e-9))
+
+
+def test_dead_features_are_collapsed_and_one_image_is_not() -> None:
+    assert bool(is_collapsed(torch.zeros(4, 3)))
+    assert not bool(is_collapsed(torch.ones(1, 3)))
+
+
+def test_low_precision_features() -> None:
+    assert bool(is_collapsed(torch.ones(4, 3, dtype=torch.bfloat16)))
+    assert not bool(is_collapsed(torch.eye(4, dtype=torch.bfloat16)))
+
+
+@pytest.mark.parametrize(("count", "value"), [(50, math.log(49)), (64, math.log(63)), (2, 0.0)])
+def test_collapse_value(count: int, value: float) -> None:
+    assert collapse_value(count) == pytest.approx(value)

@@ -1,0 +1,264 @@
+"""The check finds every planted defect, names its case, finds nothing in a sound dataset, and never raises."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+import typer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from glocal.cli.check import check as command
+from glocal.data.check import RULES, Finding, check
+from glocal.data.dataset import write_dataset_json
+from glocal.data.image import Geometry, write_volume
+
+GEOMETRY = Geometry((8, 9, 4), (1.5, 1.5, 8.0), (-10.1, 20.3, 700.7))
+OBLIQUE = (0.8, -0.6, 0.0, 0.6, 0.8, 0.0, 0.0, 0.0, 1.0)
+
+
+def image(
+    root: Path, case: str, array: np.ndarray | None = None, geometry: Geometry = GEOMETRY, channel: int = 0
+) -> None:
+    voxels = np.random.default_rng(sum(case.encode())).normal(size=geometry.size[::-1]) if array is None else array
+    write_volume(root / "imagesTr" / f"{case}_{channel:04d}.nii.gz", voxels.astype(np.float32), geometry)
+
+
+def label(root: Path, case: str, array: np.ndarray | None = None, geometry: Geometry = GEOMETRY) -> None:
+    write_volume(root / "labelsTr" / f"{case}.nii.gz", labels() if array is None else array, geometry)
+
+
+def labels() -> np.ndarray:
+    array = np.zeros((4, 9, 8), np.uint8)
+    array[1:3, 2:6, 2:4], array[1:3, 2:6, 4:6] = 1, 2
+    return array
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Cases a, b, c, of which a and b are labelled; nothing is wrong with them."""
+    write_dataset_json(tmp_path, "Sound", ["MRI"], {"LV": 1, "RV": 2}, 3)
+    for case in "abc":
+        image(tmp_path, case, geometry=replace(GEOMETRY, direction=OBLIQUE))
+    for case in "ab":
+        label(tmp_path, case, geometry=replace(GEOMETRY, direction=OBLIQUE))
+    return tmp_path
+
+
+def found(root: Path) -> dict[str, Finding]:
+    report = check(root, workers=2)
+    assert all(RULES[finding.code] == (finding.severity, finding.remedy) for finding in report.findings)
+    assert report.ok == all(finding.severity != "error" for finding in report.findings)
+    return {finding.code: finding for finding in report.findings}
+
+
+def test_a_sound_dataset_has_no_findings(root: Path) -> None:
+    report = check(root)
+    assert report.ok
+    assert report.findings == []
+    assert report.summary["cases"] == 3
+    assert report.summary["labelled"] == 2
+    assert report.summary["subjects"] == 3
+    assert report.summary["size"] == [[8, 9, 4], [8, 9, 4]]
+    np.testing.assert_allclose(report.summary["spacing"], [[1.5, 1.5, 8.0]] * 2)
+    assert json.loads(json.dumps(report.as_dict()))["ok"] is True
+
+
+def truncate(root: Path) -> None:
+    path = root / "imagesTr/a_0000.nii.gz"
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def edit_description(root: Path, **changes: object) -> None:
+    path = root / "dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def second_channel(root: Path) -> None:
+    edit_description(root, channel_names={"0": "T1", "1": "T2"})
+    for case in "abc":
+        place = replace(GEOMETRY, direction=OBLIQUE, origin=(0, 0, 0) if case == "a" else GEOMETRY.origin)
+        image(root, case, geometry=place, channel=1)
+
+
+def frames(root: Path) -> None:
+    volume = sitk.GetImageFromArray(labels())
+    sitk.WriteImage(sitk.JoinSeries([volume, volume]), str(root / "imagesTr/a_0000.nii.gz"))
+
+
+def sheared(root: Path) -> None:
+    shutil.rmtree(root / "imagesTr")
+    shutil.rmtree(root / "labelsTr")
+    edit_description(root, file_ending=".mha")
+    write_volume(root / "imagesTr/a_0000.mha", labels(), replace(GEOMETRY, direction=(1, 0.2, 0, 0, 1, 0, 0, 0, 1)))
+
+
+def not_finite(root: Path) -> None:
+    sheared(root)
+    write_volume(root / "imagesTr/a_0000.mha", with_value(np.inf), GEOMETRY)
+
+
+def with_value(value: float) -> np.ndarray:
+    array = labels().astype(np.float32)
+    array[0, 0, 0] = value
+    return array
+
+
+def same(root: Path, *lines: str) -> None:
+    shutil.copy(root / "imagesTr/a_0000.nii.gz", root / "imagesTr/b_0000.nii.gz")
+    if lines:
+        (root / "subjects.tsv").write_text("case\tsubject\n" + "\n".join(lines) + "\n")
+
+
+# code, case it is found in, how it comes about
+DEFECTS: list[tuple[str, str | None, Callable[[Path], object]]] = [
+    ("unreadable", "a", truncate),
+    ("unreadable", "a", lambda root: (root / "labelsTr/a.nii.gz").write_bytes(b"nothing")),
+    ("label-geometry", "a", lambda root: label(root, "a", labels()[:-1], replace(GEOMETRY, size=(8, 9, 3)))),
+    (
+        "label-geometry",
+        "a",
+        lambda root: label(root, "a", geometry=replace(GEOMETRY, direction=OBLIQUE, spacing=(1.5, 1.5, 8.1))),
+    ),
+    (
+        "label-geometry",
+        "a",
+        lambda root: label(root, "a", geometry=replace(GEOMETRY, direction=OBLIQUE, origin=(-10.1, 20.4, 700.7))),
+    ),
+    ("label-geometry", "a", lambda root: label(root, "a", geometry=GEOMETRY)),
+    ("channel-geometry", "a", second_channel),
+    ("channels", "b", lambda root: (second_channel(root), (root / "imagesTr/b_0001.nii.gz").unlink())),
+    ("label-unknown", "a", lambda root: label(root, "a", with_value(3))),
+    ("label-not-whole", "a", lambda root: label(root, "a", with_value(0.5))),
+    ("not-finite-read-as-0", "a", lambda root: image(root, "a", with_value(np.nan))),
+    ("not-finite-read-as-0", "a", lambda root: image(root, "a", with_value(-np.inf))),
+    ("not-finite", "a", not_finite),
+    ("constant", "a", lambda root: image(root, "a", np.full((4, 9, 8), 7.0))),
+    ("dimensions", "a", frames),
+    ("single-slice", "a", lambda root: image(root, "a", geometry=replace(GEOMETRY, size=(8, 9, 1)))),
+    ("label-empty", "a", lambda root: label(root, "a", 0 * labels())),
+    ("label-tiny", "a", lambda root: label(root, "a", with_value(1) * (np.arange(4) == 0)[:, None, None])),
+    ("label-missing", None, lambda root: [label(root, case, labels() // 2 * 0 + (labels() == 1)) for case in "ab"]),
+    ("duplicate", "a", same),
+    ("duplicate-in-subject", "a", lambda root: same(root, "a\tp", "b\tp", "c\tq")),
+    (
+        "split",
+        None,
+        lambda root: (
+            same(root, "a\tp", "b\tp", "c\tq"),
+            (root / "split.json").write_text('{"pretrain": ["a"], "test": ["b"]}'),
+        ),
+    ),
+    ("subjects", None, lambda root: (root / "subjects.tsv").write_text("case\tsubject\na\tp\n")),
+    ("label-without-image", "z", lambda root: label(root, "z")),
+    ("image-name", None, lambda root: shutil.copy(root / "imagesTr/a_0000.nii.gz", root / "imagesTr/a.nii.gz")),
+    ("description", None, lambda root: (root / "dataset.json").unlink()),
+    ("description", None, lambda root: (root / "dataset.json").write_text("{")),
+    ("no-images", None, lambda root: shutil.rmtree(root / "imagesTr")),
+    ("count", None, lambda root: edit_description(root, numTraining=7)),
+    ("no-labels", None, lambda root: shutil.rmtree(root / "labelsTr")),
+    (
+        "orientation",
+        None,
+        lambda root: image(root, "c", geometry=replace(GEOMETRY, direction=(-1, 0, 0, 0, 1, 0, 0, 0, 1))),
+    ),
+    ("slice-axis-mixed", None, lambda root: image(root, "c", geometry=replace(GEOMETRY, spacing=(8.0, 1.5, 1.5)))),
+    ("slice-axis-guessed", None, lambda root: image(root, "c", geometry=replace(GEOMETRY, spacing=(8.0, 1.5, 8.0)))),
+    ("direction-unknown", "c", lambda root: image(root, "c", geometry=replace(GEOMETRY, direction_known=False))),
+    ("direction", "a", sheared),
+]
+
+
+@pytest.mark.parametrize(
+    ("code", "case", "spoil"), DEFECTS, ids=[f"{code}-{k}" for k, (code, *_) in enumerate(DEFECTS)]
+)
+def test_a_planted_defect_is_found(root: Path, code: str, case: str | None, spoil: Callable[[Path], object]) -> None:
+    spoil(root)
+    findings = found(root)
+    assert code in findings
+    assert findings[code].case == case
+
+
+def test_every_rule_is_planted() -> None:
+    assert {code for code, *_ in DEFECTS} | {"placeholder-spacing"} == set(RULES)
+
+
+def test_a_placeholder_spacing_is_suspected_in_flat_volumes_only(tmp_path: Path) -> None:
+    for name, size, suspected in (("flat", (24, 24, 6), True), ("cubic", (12, 10, 9), False)):
+        write_dataset_json(tmp_path / name, name, ["MRI"], {}, 1)
+        image(tmp_path / name, "a", geometry=Geometry(size))
+        assert ("placeholder-spacing" in found(tmp_path / name)) == suspected
+
+
+def test_single_precision_is_no_difference(root: Path) -> None:
+    origin = tuple(float(np.float32(value)) * (1 + 1e-7) for value in GEOMETRY.origin)
+    label(root, "a", geometry=replace(GEOMETRY, direction=OBLIQUE, origin=origin))  # type: ignore[arg-type]
+    assert found(root) == {}
+
+
+def test_the_message_says_which_values_differ(root: Path) -> None:
+    label(root, "a", geometry=replace(GEOMETRY, direction=OBLIQUE, spacing=(1.5, 1.5, 5.0)))
+    message = found(root)["label-geometry"].message
+    assert "spacing (1.5, 1.5, 8 against 1.5, 1.5, 5)" in message
+    assert "origin" not in message
+
+
+def test_several_defects_are_told_at_once_errors_first(root: Path) -> None:
+    truncate(root)
+    image(root, "b", np.zeros((4, 9, 8)), replace(GEOMETRY, direction=OBLIQUE))
+    edit_description(root, numTraining=9)
+    (root / "split.json").write_text("[")
+    assert [finding.code for finding in check(root).findings] == ["split", "unreadable", "constant", "count"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 3) | st.sampled_from(["background", ".mha", "a", "0"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["0", "background", "a"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    description=st.fixed_dictionaries(
+        {}, optional=dict.fromkeys(("channel_names", "labels", "file_ending", "numTraining"), JSON)
+    ),
+    split=JSON,
+    subjects=st.text('casesubject\t\n"a', max_size=40),
+    junk=st.binary(max_size=60),
+)
+def test_it_never_raises(
+    tmp_path: Path, description: dict[str, object], split: object, subjects: str, junk: bytes
+) -> None:
+    (tmp_path / "imagesTr").mkdir(exist_ok=True)
+    (tmp_path / "imagesTr/a_0000.mha").write_bytes(junk)
+    (tmp_path / "dataset.json").write_text(json.dumps(description))
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    (tmp_path / "subjects.tsv").write_text(subjects)
+    assert not check(tmp_path, workers=1).ok
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    app = typer.Typer()
+    app.command()(command)
+    result = CliRunner().invoke(app, list(arguments))
+    return result.exit_code, result.stdout
+
+
+def test_the_command(root: Path) -> None:
+    code, text = run(str(root))
+    assert (code, "No errors" in text) == (0, True)
+    truncate(root)
+    code, text = run(str(root))
+    assert (code, "1 error" in text, f"glocal check {root}" in text) == (2, True, True)
+    code, text = run(str(root), "--json")
+    assert code == 2
+    assert [finding["code"] for finding in json.loads(text)["findings"]] == ["unreadable"]

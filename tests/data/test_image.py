@@ -1,0 +1,260 @@
+"""Reading and writing volumes: nothing is lost on the way, and nothing half is taken for whole."""
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glocal.data.image import (
+    Geometry,
+    dicom_series,
+    file_ending,
+    geometry_of,
+    is_volume_file,
+    read_file,
+    read_image,
+    read_labels,
+    write_image,
+    write_like,
+    write_volume,
+)
+from glocal.errors import GlocalError
+
+GENERATOR = np.random.default_rng(0)
+ARRAY = GENERATOR.integers(-500, 500, (5, 12, 14)).astype(np.int16)
+OBLIQUE = (0.8, -0.6, 0.0, 0.6, 0.8, 0.0, 0.0, 0.0, -1.0)
+GEOMETRY = Geometry((14, 12, 5), (1.25, 0.75, 8.0), (-103.5, 12.25, 700.125), OBLIQUE)
+ENDINGS = (".nii.gz", ".nii", ".mha", ".nrrd")
+
+
+def patched(source: Path, target: Path, *edits: tuple[int, str, tuple[float, ...]]) -> Path:
+    """A copy of a .nii.gz with bytes of its header overwritten: offset, struct format, values."""
+    content = bytearray(gzip.decompress(source.read_bytes()))
+    for offset, kind, values in edits:
+        struct.pack_into(kind, content, offset, *values)
+    target.write_bytes(gzip.compress(bytes(content)))
+    return target
+
+
+def codes(path: Path) -> tuple[int, ...]:
+    return struct.unpack_from("<2h", gzip.decompress(path.read_bytes()), 252)
+
+
+def write_dicom(
+    folder: Path, uid: str = "1.2.3", places: tuple[float, ...] = (0, 5, 10, 15), patient: str = "P7"
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for number, place in enumerate(places):
+        image = sitk.GetImageFromArray(np.full((1, 6, 7), 10 * number, np.int16))
+        image.SetSpacing((1.5, 1.5, 5.0))
+        tags = {
+            "0008|0018": f"{uid}.9.{number}",
+            "0008|0060": "MR",
+            "0010|0010": "DOE^JOHN",
+            "0010|0020": patient,
+            "0020|000d": f"{uid}.1",
+            "0020|000e": uid,
+            "0020|0013": str(number),
+            "0020|0032": f"1\\2\\{place}",
+            "0020|0037": "1\\0\\0\\0\\1\\0",
+        }
+        for tag, value in tags.items():
+            image.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{uid}_{number}.dcm"))
+        writer.Execute(image)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_round_trip_keeps_voxels_and_geometry(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"väl ume{ending}"
+    write_volume(path, ARRAY, GEOMETRY)
+    volume = read_image([path])
+    np.testing.assert_array_equal(volume.array[0], ARRAY)
+    assert volume.array.shape == (1, 5, 12, 14)
+    assert volume.geometry.size == GEOMETRY.size
+    for name in ("spacing", "origin", "direction"):
+        np.testing.assert_allclose(getattr(volume.geometry, name), getattr(GEOMETRY, name), atol=1e-4)
+    assert volume.geometry.direction_known
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    spacing=st.tuples(*[st.floats(0.1, 20)] * 3),
+    origin=st.tuples(*[st.floats(-1000, 1000)] * 3),
+    quaternion=st.tuples(*[st.floats(-1, 1)] * 4).filter(lambda q: sum(v * v for v in q) > 0.1),
+    ending=st.sampled_from(ENDINGS),
+)
+def test_any_rotation_survives(
+    tmp_path_factory: pytest.TempPathFactory,
+    spacing: tuple[float, float, float],
+    origin: tuple[float, float, float],
+    quaternion: tuple[float, ...],
+    ending: str,
+) -> None:
+    w, x, y, z = np.array(quaternion) / np.linalg.norm(quaternion)
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+    ]
+    wanted = Geometry((3, 2, 2), spacing, origin, tuple(float(v) for v in np.ravel(rows)))
+    path = tmp_path_factory.mktemp("rotation") / f"a{ending}"
+    write_volume(path, np.zeros((2, 2, 3), np.uint8), wanted)
+    found = geometry_of(read_file(path))
+    np.testing.assert_allclose(found.spacing, spacing, rtol=1e-4)
+    np.testing.assert_allclose(found.origin, origin, atol=1e-3)
+    np.testing.assert_allclose(found.direction, wanted.direction, atol=1e-3)
+
+
+@pytest.mark.parametrize("pair", [(0, 0), (0, 2), (3, 1)])
+def test_a_mask_written_like_a_nifti_has_its_header(tmp_path: Path, pair: tuple[int, int]) -> None:
+    write_volume(tmp_path / "plain.nii.gz", ARRAY, GEOMETRY)
+    edits = ((252, "<2h", pair), (112, "<2f", (0.5, 3.0)), (148, "80s", (b"a scanner",)))
+    source = patched(tmp_path / "plain.nii.gz", tmp_path / "source.nii.gz", *edits)  # type: ignore[arg-type]
+    write_like(tmp_path / "mask.nii.gz", ARRAY > 0, source)
+    mask, image = read_file(tmp_path / "mask.nii.gz"), read_file(source)
+    assert codes(tmp_path / "mask.nii.gz") == pair
+    assert mask.GetMetaData("descrip") == "a scanner"
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(mask), ARRAY > 0)  # not scaled by the source's slope
+    assert geometry_of(mask) == geometry_of(image)
+    assert geometry_of(mask).direction_known == (pair != (0, 0))
+
+
+def test_an_unknown_direction_stays_unknown(tmp_path: Path) -> None:
+    unknown = Geometry((14, 12, 5), GEOMETRY.spacing, direction_known=False)
+    write_volume(tmp_path / "a.nii.gz", ARRAY, unknown)
+    assert geometry_of(read_file(tmp_path / "a.nii.gz")) == unknown
+
+
+def test_write_like_refuses_another_size(tmp_path: Path) -> None:
+    write_volume(tmp_path / "a.mha", ARRAY, GEOMETRY)
+    with pytest.raises(GlocalError, match="size"):
+        write_like(tmp_path / "b.mha", ARRAY[:-1], tmp_path / "a.mha")
+    assert not (tmp_path / "b.mha").exists()
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("kept", [0.2, 0.9, 0.99])
+def test_a_truncated_file_is_refused(tmp_path: Path, ending: str, kept: float) -> None:
+    path = tmp_path / f"a{ending}"
+    write_volume(path, ARRAY, GEOMETRY)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(GlocalError, match=r"a\..*cannot be read"):
+        read_file(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", bytes(400)])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_nonsense_is_refused(tmp_path: Path, ending: str, content: bytes) -> None:
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(content)
+    with pytest.raises(GlocalError, match="cannot be read"):
+        read_file(path)
+
+
+def test_whole_files_packed_unusually_are_read(tmp_path: Path) -> None:
+    write_volume(tmp_path / "a.nii", ARRAY, GEOMETRY)
+    content = (tmp_path / "a.nii").read_bytes()
+    (tmp_path / "members.nii.gz").write_bytes(gzip.compress(content[:900]) + gzip.compress(content[900:]))
+    (tmp_path / "longer.nii.gz").write_bytes(gzip.compress(content + b"behind the voxels"))
+    (tmp_path / "unpacked.nii.gz").write_bytes(content)
+    for name in ("members", "longer", "unpacked"):
+        np.testing.assert_array_equal(read_image([tmp_path / f"{name}.nii.gz"]).array[0], ARRAY)
+
+
+def test_sheared_axes_are_named(tmp_path: Path) -> None:
+    write_volume(tmp_path / "a.nii.gz", ARRAY, GEOMETRY)
+    rows = (1.5, 0.8, 0, 0, 0, 1.5, 0, 0, 0, 0, 8, 0)
+    path = patched(tmp_path / "a.nii.gz", tmp_path / "b.nii.gz", (252, "<2h", (0, 1)), (280, "<12f", rows))
+    with pytest.raises(GlocalError, match="right angles"):
+        read_file(path)
+    image = sitk.GetImageFromArray(ARRAY)
+    image.SetDirection((1, 0.3, 0, 0, 1, 0, 0, 0, 1))
+    with pytest.raises(GlocalError, match="right angles"):  # ITK would bend them silently
+        write_image(tmp_path / "c.nii.gz", image)
+
+
+def test_label_maps_are_whole_numbers(tmp_path: Path) -> None:
+    values = np.array([0, 1, 255, 40_000], np.float32).repeat(6).reshape(2, 3, 4)
+    write_volume(tmp_path / "a.nii.gz", values, Geometry((4, 3, 2)))
+    labels = read_labels(tmp_path / "a.nii.gz")
+    assert labels.array.dtype.kind == "i"
+    np.testing.assert_array_equal(labels.array, values[None])
+    for bad in (0.5, np.nan, np.inf, 3e9):
+        values[0, 0, 0] = bad
+        write_volume(tmp_path / "b.mha", values, Geometry((4, 3, 2)))
+        with pytest.raises(GlocalError, match="whole numbers"):
+            read_labels(tmp_path / "b.mha")
+
+
+def test_volumes_of_other_dimensions_are_refused(tmp_path: Path) -> None:
+    image = sitk.GetImageFromArray(ARRAY)
+    sitk.WriteImage(sitk.JoinSeries([image, image]), str(tmp_path / "frames.nii.gz"))
+    sitk.WriteImage(sitk.Compose(image, image), str(tmp_path / "vector.mha"))
+    for name in ("frames.nii.gz", "vector.mha"):
+        with pytest.raises(GlocalError, match="not one three-dimensional volume"):
+            read_image([tmp_path / name])
+
+
+def test_channels_must_have_one_size(tmp_path: Path) -> None:
+    write_volume(tmp_path / "a.mha", ARRAY, GEOMETRY)
+    write_volume(tmp_path / "b.mha", ARRAY[1:], GEOMETRY)
+    assert read_image([tmp_path / "a.mha"] * 2).array.shape == (2, 5, 12, 14)
+    with pytest.raises(GlocalError, match=r"b\.mha has size"):
+        read_image([tmp_path / "a.mha", tmp_path / "b.mha"])
+
+
+@pytest.mark.parametrize("dtype", [bool, np.float16, np.uint8, np.int64, np.float64])
+def test_every_usual_type_is_written(tmp_path: Path, dtype: type) -> None:
+    array = (ARRAY[:, :4] % 2).astype(dtype)
+    write_volume(tmp_path / "a.nii.gz", array, Geometry((14, 4, 5)))
+    np.testing.assert_array_equal(read_image([tmp_path / "a.nii.gz"]).array[0], array)
+
+
+def test_formats_of_two_files_are_not_written(tmp_path: Path) -> None:
+    for ending in (".mhd", ".nhdr"):
+        with pytest.raises(GlocalError, match="two files"):
+            write_volume(tmp_path / f"a{ending}", ARRAY, GEOMETRY)
+    assert not list(tmp_path.iterdir())
+
+
+def test_file_endings() -> None:
+    assert file_ending(Path("a.b/c.d.NII.gz")) == ".NII.gz"
+    assert is_volume_file(Path("a.nrrd"))
+    assert not is_volume_file(Path("a.png"))
+    assert not is_volume_file(Path("._a.nii.gz"))  # what macOS leaves on shared disks
+    with pytest.raises(GlocalError, match="endings"):
+        file_ending(Path("a.png"))
+
+
+def test_a_dicom_series_is_one_volume(tmp_path: Path) -> None:
+    write_dicom(tmp_path)
+    volume = read_image([tmp_path])
+    np.testing.assert_array_equal(volume.array[0, :, 0, 0], [0, 10, 20, 30])
+    assert volume.geometry == Geometry((7, 6, 4), (1.5, 1.5, 5.0), (1.0, 2.0, 0.0))
+    write_like(tmp_path / "mask.nii.gz", np.ones((4, 6, 7), np.uint8), tmp_path)
+    assert geometry_of(read_file(tmp_path / "mask.nii.gz")).spacing == (1.5, 1.5, 5.0)
+
+
+def test_dicom_folders_that_are_no_volume(tmp_path: Path) -> None:
+    write_dicom(tmp_path / "gap", places=(0, 5, 15, 20))
+    write_dicom(tmp_path / "frames", places=(0, 0, 5, 5))
+    for name in ("gap", "frames"):
+        with pytest.raises(GlocalError, match="even distances"):
+            read_file(tmp_path / name)
+    write_dicom(tmp_path / "two", uid="1.2.3")
+    write_dicom(tmp_path / "two", uid="1.2.4")
+    assert len(dicom_series(tmp_path / "two")) == 2
+    (tmp_path / "none").mkdir()
+    for name, count in (("two", "2"), ("none", "no")):
+        with pytest.raises(GlocalError, match=f"holds {count} DICOM series"):
+            read_file(tmp_path / name)

@@ -1,0 +1,144 @@
+import io
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.image import imread
+
+from glocal.reporting.figures import (
+    class_boxes,
+    class_colour,
+    learning_curves,
+    overlay,
+    overlay_row,
+    paired_differences,
+)
+
+CLASSES = {"background": 0, "cavity": 1, "wall": 2}
+IMAGE = np.linspace(0, 50, 40 * 60).reshape(40, 60)
+TRUTH, PREDICTION = np.zeros((2, 40, 60), np.int16)
+TRUTH[10:25, 20:40] = 1
+PREDICTION[0:30, 25:45] = 2
+FRAME = pd.DataFrame(
+    {
+        "case": ["a", "b", "a", "b"],
+        "class": ["cavity", "cavity", "wall", "wall"],
+        "dice": [0.9, 0.8, 0.7, 0.0],
+        "hd95": [np.nan] * 4,
+        "note": ["", "", "", "missed"],
+    }
+)
+PAIRS = pd.DataFrame(
+    [
+        {"contender": name, "split": split, "labels": labels, "draw": draw, "difference": 0.01 * draw - 0.02}
+        for name in ("PCL", "JCL")
+        for split in (0, 1)
+        for labels in (1, 8)
+        for draw in range(3)
+    ]
+)
+FIGURES: list[Callable[[], bytes]] = [
+    lambda: learning_curves({"a": [(0, 1.0), (10, 0.1)], "b": [(0, 0.5)]}, "Loss", "value", log=True),
+    lambda: class_boxes(FRAME, "dice"),
+    lambda: paired_differences(PAIRS),
+    lambda: overlay(IMAGE, TRUTH, PREDICTION, CLASSES, "case a"),
+    lambda: overlay_row(IMAGE, TRUTH, PREDICTION, CLASSES, "case a"),
+]
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return imread(io.BytesIO(png))[..., :3]
+
+
+def words(svg: bytes) -> str:
+    """The text of an SVG; letters are drawn as paths (no fonts needed), the words stay as comments."""
+    ET.fromstring(svg)
+    return svg.decode()
+
+
+def near(png: bytes, colour: str, tolerance: float = 0.02) -> int:
+    """How many pixels have this colour."""
+    wanted = np.array(mpl.colors.to_rgb(colour))
+    return int((np.abs(pixels(png) - wanted).max(-1) < tolerance).sum())
+
+
+@pytest.mark.parametrize("draw", FIGURES)
+def test_same_input_same_bytes_and_no_global_state(draw: Callable[[], bytes]) -> None:
+    before = dict(mpl.rcParams)
+    assert draw() == draw()
+    assert dict(mpl.rcParams) == before
+
+
+def test_curves_name_their_axes_and_series() -> None:
+    text = words(
+        learning_curves({"first": [(0, 1.0), (5, 0.0)], "second": [(0, float("nan"))]}, "T1", "Dice", log=True)
+    )
+    for word in ("T1", "Dice", "Iteration", "first", "second"):
+        assert f"<!-- {word} -->" in text
+    assert "<!-- lonely -->" not in words(learning_curves({"lonely": [(0, 1.0)]}, "T", "y"))
+    assert words(learning_curves({}, "nothing yet", "y"))
+
+
+def test_boxes_show_every_class_even_without_values() -> None:
+    for metric in ("dice", "hd95"):
+        text = words(class_boxes(FRAME, metric, label="Value"))
+        assert all(f"<!-- {word} -->" in text for word in ("cavity", "wall", "Value"))
+
+
+def test_lost_classes_are_hollow_points() -> None:
+    found = words(class_boxes(FRAME.assign(note=""), "dice"))
+    assert "fill: #ffffff; stroke: #d55e00" not in found
+    assert "fill: #ffffff; stroke: #d55e00" in words(class_boxes(FRAME, "dice"))
+
+
+def test_differences_name_contenders_budgets_and_splits() -> None:
+    text = words(paired_differences(PAIRS, "ΔDice"))
+    assert all(f"<!-- {word} -->" in text for word in ("PCL, 1 label", "JCL, 8 labels", "Split 0", "Split 1"))
+    assert "ΔDice" in text
+    assert "Split" not in words(paired_differences(PAIRS[PAIRS["split"] == 0]))
+
+
+def test_overlay_draws_truth_as_line_and_prediction_as_fill() -> None:
+    cavity = class_colour(1)
+    legend = near(overlay(IMAGE, None, None, CLASSES, ""), cavity)
+    outlined, filled = near(overlay(IMAGE, TRUTH, None, CLASSES, ""), cavity), overlay(IMAGE, None, TRUTH, CLASSES, "")
+    assert outlined > legend + 500
+    tinted = pixels(filled)
+    assert ((tinted[..., 2] - tinted[..., 0]) > 0.2).sum() > 5 * outlined  # blue over grey, translucent
+
+
+def test_colours_belong_to_values_not_to_order() -> None:
+    shown = overlay(IMAGE, TRUTH, None, {"cavity": 1}, "")
+    assert near(shown, class_colour(1)) > 500
+    assert near(shown, class_colour(2)) == 0
+    assert len({class_colour(value) for value in range(1, 8)}) == 7
+
+
+def test_pixels_keep_their_physical_shape() -> None:
+    flat, tall = (pixels(overlay(IMAGE, None, None, CLASSES, "", aspect)) for aspect in (1.0, 2.0))
+    assert flat.shape[1] == tall.shape[1]
+    assert tall.shape[0] > 1.4 * flat.shape[0]
+
+
+def test_masks_are_shown_close_and_whole() -> None:
+    image, far = np.zeros((2, 400, 400), np.int16)
+    far[300:320, 10:30] = 1
+    whole = near(overlay(image, far, None, {"a": 1}, ""), class_colour(1))
+    assert whole > 3000  # a 20-pixel square in 400 would be a dot
+    both = np.zeros_like(far)
+    both[0:5, 395:400] = 1
+    assert near(overlay(image, far, both, {"a": 1}, ""), class_colour(1)) < whole  # both masks stay in sight
+
+
+def test_rows_leave_out_what_is_not_there() -> None:
+    three, two = (pixels(overlay_row(IMAGE, truth, PREDICTION, CLASSES, "t")).shape for truth in (TRUTH, None))
+    assert three[1] == pytest.approx(1.5 * two[1], abs=2)
+
+
+def test_inputs_stay_and_flat_images_work() -> None:
+    image, mask = np.full((20, 20), 7), np.ones((20, 20), np.int16)
+    image.flags.writeable = mask.flags.writeable = False
+    assert overlay(image, mask, mask, CLASSES, "t").startswith(b"\x89PNG")
