@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.loggers import Logger
+from lightning_fabric.loggers.logger import Logger
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import load_file, safe_open, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from glocal.errors import GlocalError
@@ -90,7 +91,7 @@ def fabric_for(device: torch.device, precision: str, loggers: list[Logger] | Non
 
 def _has_bfloat16_units(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
@@ -117,10 +118,11 @@ def train(
     """
     checkpoint = folder / "checkpoint.safetensors"
     state = _read_state(checkpoint)
-    fabric = fabric_for(device_named(options.device), state.get("precision", options.precision), _loggers(options, folder))
+    fabric = fabric_for(
+        device_named(options.device), state.get("precision", options.precision), _loggers(options, folder)
+    )
     torch.set_num_threads(state.get("threads", torch.get_num_threads()))
-    channels_last: Any = torch.channels_last
-    learner = learner.to(memory_format=channels_last)
+    learner = learner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from its stubs
     optimizer = _optimizer(learner, options)
     module, optimizer = fabric.setup(learner, optimizer)
     if state:

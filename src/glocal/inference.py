@@ -36,13 +36,14 @@ def slice_probabilities(network: nn.Module, images: Tensor, device: torch.device
     network.eval()
     precision = fabric_for(device, "auto").autocast() if device.type == "cuda" else contextlib.nullcontext()
     with torch.inference_mode(), precision:
-        parts = [network(part.to(device)).float().softmax(1).cpu() for part in images.split(SLICES_AT_ONCE)]
+        parts = [network(part.to(device)).float().softmax(1).cpu() for part in torch.split(images, SLICES_AT_ONCE)]
     return torch.cat(parts)
 
 
 def native_mask(probabilities: Tensor, undo: Undo) -> NDArray[np.uint8]:
     """Slice probabilities `(n, K, H, W)` as a mask `(z, y, x)`: restored to native resolution first, argmax there."""
-    return restore(probabilities, undo).argmax(0).astype(np.uint8)
+    mask: NDArray[np.uint8] = restore(probabilities, undo).argmax(0).astype(np.uint8)
+    return mask
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def predict(
         images: a folder of image files or DICOM series, or one file.
         out: folder for the masks; `CASE` and the ending of the input, as nnU-Net names them.
         probabilities: also write `CASE.npz` with `probabilities` `(K, z, y, x)` float16.
-        overwrite: replace masks that exist; without it they are kept and skipped, so that a stopped prediction continues.
+        overwrite: replace masks that exist; without it they are kept, so that a stopped prediction continues.
 
     Returns:
         The masks' paths.
@@ -143,5 +144,3 @@ def read_case(case: Input) -> Volume:
     if not np.isfinite(volume.array).all():
         raise GlocalError(f"{case.files[0]} holds values that are not numbers (NaN or infinite): export it again.")
     return volume
-
-

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813
+import SimpleITK as sitk
 import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -32,12 +32,13 @@ def evaluate(
     target = out or predictions / "evaluation.csv"
     frame = evaluation.evaluate(predictions, labels, target, spacing_known=not spacing_unknown, tolerance=tolerance)
     console = Console()
-    console.print(_class_table(frame, tolerance))
+    console.print(class_table(frame, tolerance))
     console.print(_case_table(frame))
     console.print(f"All {len(frame)} rows: {target}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _class_table(frame: "pd.DataFrame", tolerance: float) -> "Table":
+def class_table(frame: "pd.DataFrame", tolerance: float = 1.0) -> "Table":
+    """The table by class that people see, from the rows of an evaluation."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table

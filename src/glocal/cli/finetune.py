@@ -22,14 +22,14 @@ def finetune(
     from glocal.experiments.steps import finetune_with
 
     model = finetune_with(store, run, labels, pretrained, words or [])
-    if (run / "transfer.txt").exists():
-        typer.echo((run / "transfer.txt").read_text(encoding="utf-8").strip())
     if (run / "evaluation.csv").exists():
+        import pandas as pd
         from rich.console import Console
 
-        from glocal.experiments.tables import class_table
+        from glocal.cli.evaluate import class_table
 
-        Console().print(class_table(run))
+        frame = pd.read_csv(run / "evaluation.csv")
+        Console().print(class_table(frame[frame["checkpoint"] == "last"]))
     else:
         typer.echo("No labelled volume was kept for testing: the model has no Dice of unseen cases.")
     typer.echo(f"Model: {model}. Next: glocal predict {run} IMAGES OUT, or glocal report {run}")

@@ -87,7 +87,9 @@ def make_split(
         return _by_subject(members, index, test={labelled[index]}, development=set())
     if given:
         subject_of = {member.case: member.subject for member in members}
-        test, development = ({subject_of[c] for c in given.get(k, ()) if c in subject_of} for k in ("test", "development"))
+        test, development = (
+            {subject_of[c] for c in given.get(k, ()) if c in subject_of} for k in ("test", "development")
+        )
         if index:
             return _another(members, labelled, test, development, seed, index)
         # Cases that split.json does not name are not used.
@@ -154,7 +156,9 @@ def _refuse_unknown(labels: Sequence[str], pool: dict[str, Member], split: Split
         if case in split.test + split.development:
             raise GlocalError(f"{case} belongs to a test or development subject and may not be trained on.")
         if case not in pool:
-            raise GlocalError(f"{case} is not a labelled case of this store: choose among {', '.join(sorted(pool)[:5])} ...")
+            raise GlocalError(
+                f"{case} is not a labelled case of this store: choose among {', '.join(sorted(pool)[:5])} ..."
+            )
 
 
 def refuse_leakage(members: Sequence[Member], split: Split, used: Iterable[str], what: str, transductive: bool) -> None:

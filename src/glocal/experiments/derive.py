@@ -152,5 +152,3 @@ def _foreground_field(dataset: Dataset, axis: int, spacing: list[float] | None) 
 def _widths(side: int) -> list[int]:
     levels = max(3, min(6, int(log2(side / SMALLEST_BOTTLENECK)) + 1))
     return [16, 32, 64, 128, 128, 128][:levels]
-
-

@@ -99,5 +99,3 @@ def default_workers() -> int:
     import torch
 
     return 1 if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)))
-
-

@@ -63,7 +63,7 @@ def run_recipe(recipe: Recipe, workers: int | None = None) -> Path:
     do(finetuning_jobs(recipe, splits), "Fine-tuning", workers)
     write_json(out / "split.json", {"splits": [split.__dict__ for split in splits]})
     write_tables(out)
-    runs.finish(out, started, kind="run", warnings=list(store.plan.warnings))
+    runs.finish(out, started, kind="run", warnings=[])
     report(out)
     return out
 
@@ -102,7 +102,11 @@ def finetuning_jobs(recipe: Recipe, splits: Sequence[Split]) -> list[Job]:
     """One fine-tuning per split, contender, budget and draw."""
     assert recipe.out is not None
     options = finetuning_options(recipe.part(recipe.finetune))
-    budgets = options.labels if isinstance(options.labels, tuple) and isinstance(options.labels[0], int) else (options.labels,)
+    budgets = (
+        options.labels
+        if isinstance(options.labels, tuple) and isinstance(options.labels[0], int)
+        else (options.labels,)
+    )
     jobs = []
     for split in splits:
         for contender in recipe.contenders():
@@ -111,7 +115,9 @@ def finetuning_jobs(recipe: Recipe, splits: Sequence[Split]) -> list[Job]:
                 for draw in range(recipe.protocol.draws):
                     settings = recipe.part(recipe.finetune) | {"labels": budget, "draw": draw}
                     count = budget if isinstance(budget, int) else len(budget)
-                    folder = recipe.out / "finetune" / f"split-{split.index}" / contender / f"labels-{count}-draw-{draw}"
+                    folder = (
+                        recipe.out / "finetune" / f"split-{split.index}" / contender / f"labels-{count}-draw-{draw}"
+                    )
                     arguments: dict[str, Any] = {
                         "store": recipe.out / "store",
                         "run": folder,

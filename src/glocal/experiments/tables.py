@@ -66,7 +66,9 @@ def summarise(table: pd.DataFrame) -> list[dict[str, Any]]:
             mine = of_budget[of_budget["contender"] == contender]
             last = mine[mine["checkpoint"] == "last"]["dice"]
             best = mine[mine["checkpoint"] == "best"]["dice"]
-            delta = differences[(differences["labels"] == labels) & (differences["contender"] == contender)]["difference"]
+            delta = differences[(differences["labels"] == labels) & (differences["contender"] == contender)][
+                "difference"
+            ]
             rows.append(
                 {
                     "labels": f"{labels} + {validation} for validation" if validation else str(labels),
@@ -90,12 +92,14 @@ def caption(out: Path) -> str:
     """What the numbers of a run's table are, in words."""
     settings = runs.settings_of(out)
     protocol = settings["protocol"]
-    subjects = "development subjects (for choosing settings)" if protocol["evaluate"] == "development" else "test subjects"
+    subjects = (
+        "development subjects (for choosing settings)" if protocol["evaluate"] == "development" else "test subjects"
+    )
     words = (
         f"Volume-wise Dice in native resolution, mean over foreground classes, then over {subjects}; last checkpoint; "
         f"mean ± standard deviation over {protocol['draws']} draw(s) of the labelled volumes in each split. "
-        "Differences are paired with random initialisation: same split, same labelled volumes. Draws of one split share "
-        "test subjects and pre-trained weights, so they are no independent trials."
+        "Differences are paired with random initialisation: same split, same labelled volumes. Draws of one split "
+        "share test subjects and pre-trained weights, so they are no independent trials."
     )
     if protocol["transductive"]:
         words += " Transductive: the images of test subjects were part of the pre-training."

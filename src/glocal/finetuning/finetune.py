@@ -13,7 +13,16 @@ from glocal import runs
 from glocal.data.dataset import Dataset, read_dataset
 from glocal.data.image import write_like
 from glocal.data.sampling import Pool
-from glocal.data.split import Draw, ProtocolOptions, Split, draw_labels, make_split, read_split, refuse_leakage, write_split
+from glocal.data.split import (
+    Draw,
+    ProtocolOptions,
+    Split,
+    draw_labels,
+    make_split,
+    read_split,
+    refuse_leakage,
+    write_split,
+)
 from glocal.data.store import Store
 from glocal.engine import device_named, train
 from glocal.errors import GlocalError
@@ -26,6 +35,7 @@ from glocal.inference import native_mask, slice_probabilities
 from glocal.model import Header, Transfer, find_model, load_network, read_header, save_model, transfer
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.registry import build
+from glocal.progress import console
 from glocal.randomness import seed_of
 
 if TYPE_CHECKING:
@@ -72,11 +82,14 @@ def finetune(
     write_split(run, split, draw)
     if report is not None:
         write_json(run / "transfer.json", report.as_dict())
+        console.print(report.sentence(), highlight=False)
 
     device = device_named(options.device)
     labelled, unlabelled = Pool(store, draw.train, device), Pool(store, split.pretrain, device)
     strategy = strategy_named(options.strategy).make(network, labelled, unlabelled, options)
-    validate = _Validation(store, draw.validation, run / "best.safetensors", header, device) if draw.validation else None
+    validate = (
+        _Validation(store, draw.validation, run / "best.safetensors", header, device) if draw.validation else None
+    )
     warnings = train(strategy, options, run, run.name, validate, options.evaluate_every)
     save_model(run / "model.safetensors", strategy.network.state_dict(), header)
     cases = split.test if protocol.evaluate == "test" else split.development
@@ -84,7 +97,13 @@ def finetune(
     if cases:
         measure(store, run, cases, device)
     runs.finish(
-        run, started, kind="finetune", warnings=warnings, evaluated=protocol.evaluate if cases else None, cases=list(cases)
+        run,
+        started,
+        kind="finetune",
+        store=str(store.path.resolve()),
+        warnings=warnings,
+        evaluated=protocol.evaluate if cases else None,
+        cases=list(cases),
     )
     return run / "model.safetensors"
 
@@ -131,7 +150,9 @@ def _start(
                 f"{source} was pre-trained on slices that were preprocessed in another way: use the same preprocessing."
             )
         seen = before.provenance.get("subjects", [])
-        refuse_leakage(store.volumes, split, seen, "was seen in pre-training", before.provenance.get("transductive", False))
+        refuse_leakage(
+            store.volumes, split, seen, "was seen in pre-training", before.provenance.get("transductive", False)
+        )
         report = transfer(network, source)
         if not report.transferred:
             raise GlocalError(f"No weight of {source} fits the network: was it pre-trained with another one?")

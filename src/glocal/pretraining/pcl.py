@@ -66,8 +66,9 @@ class Encoder(Stage):
         o: Options = self.options
         slices = self.pool.epoch(o.batch, o.seed, step)
         images = self.pool.images(slices)
+        size = (images.shape[-2], images.shape[-1])
         views = [
-            draw_view(o.augmentation, len(slices), images.shape[-2:], generator(o.seed, step, view)).image(images)
+            draw_view(o.augmentation, len(slices), size, generator(o.seed, step, "view", view)).image(images)
             for view in range(2)
         ]
         embeddings = self.head(self.network.encode(torch.cat(views))[-1])
@@ -87,16 +88,15 @@ class Encoder(Stage):
         self.watch(embeddings)
         return {"loss": loss * (o.temperature / 0.07 if o.scale == "supcon" else 1.0)}
 
-
     def warning(self) -> str | None:
         """Collapse, or a threshold whose neighbours hang on rounding."""
         o: Options = self.options
-        counts = self.pool.store.count_of[self.pool.slices].unique()
+        counts = torch.unique(self.pool.store.count_of[self.pool.slices])
         borderline = counts[on_lattice(o.threshold, counts)]
         if o.labels == "position" and len(borderline):
             return (
-                f"threshold={o.threshold} is a multiple of 1/n for volumes of {int(borderline[0])} slices: whether neighbours "
-                f"attract hangs on rounding there; take {o.threshold * 0.9:.3g} or {o.threshold * 1.1:.3g}."
+                f"threshold={o.threshold} is a multiple of 1/n for volumes of {int(borderline[0])} slices: whether "
+                f"neighbours attract hangs on rounding; take {o.threshold * 0.9:.3g} or {o.threshold * 1.1:.3g}."
             )
         return super().warning()
 

@@ -16,9 +16,8 @@ from glocal.data.store import Store
 from glocal.engine import TrainingOptions, device_named, train
 from glocal.files import replacing, write_json
 from glocal.model import Header, save_model, transfer
-from glocal.networks.base import SegmentationNetwork
 from glocal.networks.registry import build
-from glocal.pretraining.base import Method, Stage
+from glocal.pretraining.base import Method
 from glocal.pretraining.registry import method_named, pretraining_options
 from glocal.randomness import seed_of
 
