@@ -5,15 +5,19 @@ import errno
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from glocal.errors import GlocalError
 
 _OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_OUT_OF_SPACE_IN_WORDS = re.compile(r"os error (28|122)\b|requested and \d+ written")  # safetensors, NumPy
+_IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @contextmanager
@@ -23,7 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
     The temporary file keeps the target's endings (`.nii.gz`), so that writers that choose a format by name work.
 
     Raises:
-        GlocalError: the disk is full, or the folder cannot be written.
+        GlocalError: the disk is full, the folder cannot be written, or a file is where a folder should be.
     """
     temporary = path.parent / f".{uuid.uuid4().hex[:8]}.{path.name}"
     try:
@@ -32,21 +36,28 @@ def replacing(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except Exception as error:
         if sentence := explained(error, path):
             raise GlocalError(sentence) from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # absent after success; where its folder cannot be, neither can it
+            pass
 
 
-def explained(error: OSError, path: Path | None = None) -> str | None:
-    """One sentence for an error of the file system that the user can solve, else None."""
-    where = path or error.filename or "a file"
-    if error.errno in _OUT_OF_SPACE:
+def explained(error: Exception, path: Path | None = None) -> str | None:
+    """One sentence for an error of the file system that the user can solve, else None.
+
+    Args:
+        path: what was being written, if that is known.
+    """
+    code, where = getattr(error, "errno", None), path or getattr(error, "filename", None) or "a file"
+    if code in _OUT_OF_SPACE or _OUT_OF_SPACE_IN_WORDS.search(str(error)):
         return f"No space left on disk while writing {where}: free some space and start the same command again."
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-        return f"Cannot write {where}: choose a folder you may write to."
+    if code in _IN_THE_WAY:
+        return f"Cannot write {where}: a file is where a folder should be, or the reverse; choose another place."
+    if code in _FORBIDDEN:
+        return f"Cannot {'write' if path else 'open'} {where}: choose a place you have the permission for."
     return None
 
 

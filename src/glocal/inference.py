@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from glocal.data.image import FILE_ENDINGS, Volume, file_ending, is_volume_file, read_image, write_like
+from glocal.data.image import FILE_ENDINGS, dicom_series, file_ending, is_volume_file, read_image, write_like
 from glocal.data.orientation import Undo
 from glocal.data.plan import Plan
 from glocal.data.prepare import prepare, restore
@@ -21,6 +21,8 @@ from glocal.model import find_model, load_network
 from glocal.progress import track
 
 SLICES_AT_ONCE = 32
+# A mask is one file: these headers have their voxels in a second one, their formats have an ending that has not.
+_IN_ONE_FILE = {".mhd": ".mha", ".nhdr": ".nrrd"}
 
 
 def slice_probabilities(network: nn.Module, images: Tensor, device: torch.device) -> Tensor:
@@ -58,6 +60,8 @@ class Input:
 def list_inputs(images: Path, channels: int) -> list[Input]:
     """The cases in a folder: image files (`CASE_0000...` per channel, or any name with one channel), DICOM folders.
 
+    Folders without a DICOM series are passed over, for example one that holds the masks.
+
     Raises:
         GlocalError: nothing to read, a missing channel, or two cases of one name.
     """
@@ -66,7 +70,7 @@ def list_inputs(images: Path, channels: int) -> list[Input]:
     files = [images] if images.is_file() else sorted(p for p in images.iterdir() if not p.name.startswith("."))
     cases: dict[str, dict[int, Path]] = {}
     for path in files:
-        if path.is_dir() or is_volume_file(path):
+        if dicom_series(path) if path.is_dir() else is_volume_file(path):
             stem = path.name if path.is_dir() else path.name.removesuffix(file_ending(path))
             match = re.fullmatch(r"(.+)_(\d{4})", stem)
             name, channel = (match[1], int(match[2])) if match else (stem, 0)
@@ -74,9 +78,12 @@ def list_inputs(images: Path, channels: int) -> list[Input]:
                 raise GlocalError(f"{path} and {cases[name][channel].name} would write one mask: rename one of them.")
             cases[name][channel] = path
     if not cases and images.is_dir() and any(path.is_file() for path in files):
-        cases = {images.name: {0: images}}  # the folder may be one DICOM series itself
+        cases = {images.resolve().name: {0: images}}  # the folder may be one DICOM series itself
     if not cases:
         raise GlocalError(f"{images} holds no image (files ending in {', '.join(FILE_ENDINGS)}, or DICOM folders).")
+    if channels == 1:  # scan_0001 and scan_0002 are two scans then, unless there is a scan_0000
+        for name in [name for name, found in cases.items() if 0 not in found]:
+            cases |= {f"{name}_{number:04d}": {0: path} for number, path in cases.pop(name).items()}
     return [_input(name, found, channels) for name, found in sorted(cases.items())]
 
 
@@ -85,14 +92,16 @@ def _input(name: str, found: dict[int, Path], channels: int) -> Input:
         wanted = ", ".join(f"{name}_{channel:04d}" for channel in range(channels))
         raise GlocalError(f"The model needs {channels} channel(s) of {name} ({wanted}), found {len(found)}.")
     first = found[0]
-    ending = ".nii.gz" if first.is_dir() else file_ending(first)  # a mask of a DICOM series is written as NIfTI
-    return Input(name, tuple(found[channel] for channel in range(channels)), name + ending)
+    ending = ".nii.gz" if first.is_dir() else file_ending(first).lower()  # a mask of a DICOM series is written as NIfTI
+    return Input(name, tuple(found[channel] for channel in range(channels)), name + _IN_ONE_FILE.get(ending, ending))
 
 
 def predict(
     model: Path, images: Path, out: Path, probabilities: bool = False, device: str = "auto", overwrite: bool = False
 ) -> list[Path]:
     """Predict masks for all images of a folder, in their native geometry, format and header.
+
+    DICOM series get NIfTI masks, `.mhd` images `.mha` masks and `.nhdr` images `.nrrd` masks: one file each.
 
     Args:
         model: a model file or a run folder.
@@ -125,22 +134,14 @@ def predict(
 def _predict_case(
     network: nn.Module, plan: Plan, case: Input, target: Path, probabilities: bool, device: torch.device
 ) -> None:
-    prepared = prepare(read_case(case), plan)
+    volume = read_image(case.files)
+    try:
+        prepared = prepare(volume, plan)
+    except GlocalError as error:
+        raise GlocalError(f"{case.files[0]}: {error}") from error
     native = restore(slice_probabilities(network, prepared.images, device), prepared.undo)
     if probabilities:
         with replacing(target.parent / f"{case.name}.npz") as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, probabilities=native.astype(np.float16))
     # Last, because its presence says that the case is done.
     write_like(target, native.argmax(0).astype(np.uint8), case.files[0])
-
-
-def read_case(case: Input) -> Volume:
-    """The channels of a case.
-
-    Raises:
-        GlocalError: unreadable, or not one finite three-dimensional volume.
-    """
-    volume = read_image(case.files)
-    if not np.isfinite(volume.array).all():
-        raise GlocalError(f"{case.files[0]} holds values that are not numbers (NaN or infinite): export it again.")
-    return volume

@@ -1,8 +1,8 @@
 """Settings from people: `key=value` words and YAML, turned into typed options or into one clear sentence."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -10,6 +10,30 @@ from pydantic import BaseModel, ValidationError
 from glocal.errors import GlocalError
 
 Options = TypeVar("Options", bound=BaseModel)
+
+# What a value must be, by pydantic's kind of error; anything else is said in pydantic's own words.
+_MUST_BE = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "path_type": "a path",
+    "tuple_type": "a list in brackets",
+    "dict_type": "settings of its own (key: value)",
+    "model_type": "settings of its own (key: value)",
+    "literal_error": "{expected}",
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "below {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "too_short": "a list of {min_length} or more",
+    "too_long": "a list of no more than {max_length}",
+}
 
 
 def closest(name: str, known: Iterable[str]) -> str:
@@ -20,38 +44,47 @@ def closest(name: str, known: Iterable[str]) -> str:
 
 
 def parse_words(words: Sequence[str]) -> dict[str, Any]:
-    """`["seed=3", "views.rotation=15"]` as nested settings; values are read as YAML.
+    """`["seed=3", "views.rotation=15"]` as nested settings; values are read as YAML, a later word wins.
 
     Raises:
-        GlocalError: a word without `=`, or a value that is not YAML.
+        GlocalError: a word that is not key=value, a value that is not YAML, or a key that is given both a value of its
+            own and keys below it.
     """
     settings: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
-        if not equals or not key:
+        *path, last = key.strip().split(".")
+        if not equals or not all([*path, last]):
             raise GlocalError(f"{word!r} is not understood: settings are written key=value, for example seed=1.")
         try:
-            value = yaml.safe_load(text) if text.strip() else text
+            value = _numbers(yaml.safe_load(text)) if text.strip() else ""
         except yaml.YAMLError as error:
-            raise GlocalError(f"The value of {key} ({text!r}) cannot be read.") from error
+            raise GlocalError(
+                f"The value of {key} ({text!r}) cannot be read: put quotation marks around text with : # [ or {{."
+            ) from error
         level = settings
-        *path, last = key.split(".")
         for name in path:
             level = level.setdefault(name, {})
             if not isinstance(level, dict):
-                raise GlocalError(f"{key} cannot be set beside a value of {name}.")
-        level[last] = _number(value)
+                raise GlocalError(f"{key} cannot be set beside {name}={_as_typed(level)}: give one of them.")
+        if isinstance(level.get(last), dict):
+            raise GlocalError(f"{key} cannot be set beside {key}.{next(iter(level[last]), '')}: give one of them.")
+        level[last] = value
     return settings
 
 
-def _number(value: Any) -> Any:
-    # YAML 1.1 reads 1e-3 as text, people mean a number.
-    if isinstance(value, str):
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text, people mean a number."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, str) and "e" in value.lower() and value[:1] in "+-.0123456789":
         try:
-            return float(value) if "e" in value.lower() and value[:1] in "+-.0123456789" else value
+            return float(value)
         except ValueError:
             return value
-    return [_number(item) for item in value] if isinstance(value, list) else value
+    return value
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,25 +105,66 @@ def validated(kind: type[Options], settings: Mapping[str, Any], where: str) -> O
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
-        raise GlocalError(_sentence(kind, error, where)) from error
+        raise GlocalError(_sentence(kind, settings, error, where)) from error
 
 
-def _sentence(kind: type[BaseModel], error: ValidationError, where: str) -> str:
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
+def _sentence(kind: type[BaseModel], settings: Mapping[str, Any], error: ValidationError, where: str) -> str:
+    # An unknown key first: it may be the reason why another one is missing.
+    errors = sorted(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+    first = errors[0]
+    path, fields = _located(kind, first["loc"])
     key = ".".join([where, *path] if where else path)
     if first["type"] == "extra_forbidden":
-        return f"{key} is not a setting: {closest(path[-1], _fields(kind, path[:-1]))}"
-    if first["type"] == "missing":
+        name = str(first["loc"][-1])
+        return f"{key}{'.' * bool(key)}{name} is not a setting: {closest(name, fields)}"
+    if first["type"] == "missing" and len(path) == len(first["loc"]):
         return f"{key} is missing."
-    return f"{key}={first['input']} does not fit: {first['msg'][0].lower()}{first['msg'][1:]}."
-
-
-def _fields(kind: type[BaseModel], path: Sequence[str]) -> list[str]:
-    """Names of the settings at `path` below `kind`."""
+    value: Any = settings
     for name in path:
-        annotation = kind.model_fields[name].annotation if name in kind.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        value = value[name]
+    # A value may be of several kinds: each that it is not has an error of its own.
+    here = [found for found in errors if _located(kind, found["loc"])[0] == path]
+    several = isinstance(next(iter(first["loc"][len(path) :]), None), str)
+    reasons = dict.fromkeys(_reason(found, found["loc"][len(path) :]) for found in (here if several else here[:1]))
+    given = "" if isinstance(value, Mapping) else f"={_as_typed(value)}"
+    return f"{key}{given} does not fit: {' or '.join(reasons).replace(' or it must be', ' or')}."
+
+
+def _located(kind: type[BaseModel], location: Sequence[int | str]) -> tuple[list[str], list[str]]:
+    """The key that pydantic's `location` lies in, and the names of the settings below this key.
+
+    Numbers of list items and pydantic's own names for kinds of value are no part of a key.
+    """
+    path: list[str] = []
+    models, free = [kind], False
+    for part in location:
+        fields = {name: field.annotation for model in models for name, field in model.model_fields.items()}
+        if part in fields:
+            models, free = list(_models(fields[str(part)])), get_origin(fields[str(part)]) is dict
+        elif not (free and isinstance(part, str)):
             break
-        kind = annotation
-    return list(kind.model_fields)
+        path.append(str(part))
+    return path, [name for model in models for name in model.model_fields]
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models(inner)
+
+
+def _reason(error: Mapping[str, Any], below: Sequence[int | str]) -> str:
+    places = [part for part in below if isinstance(part, int)]
+    if error["type"] == "missing" and places:
+        return f"it must be a list of {places[-1] + 1} or more"
+    if error["type"] not in _MUST_BE:
+        text = str(error["msg"]).removeprefix("Value error, ").rstrip(".")
+        return text[0].lower() + text[1:]
+    text = _MUST_BE[error["type"]].format(**error.get("ctx", {}))
+    return f"it must be {f'a list with {text} in every place' if places else text}"
+
+
+def _as_typed(value: Any) -> str:
+    """A value about as people write it."""
+    return str(value).replace("'", "")

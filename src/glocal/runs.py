@@ -41,11 +41,7 @@ def begin(folder: Path, kind: str, settings: dict[str, Any]) -> None:
     recipe = folder / "recipe.yaml"
     settings = yaml.safe_load(yaml.safe_dump({"kind": kind, **settings}, sort_keys=False))
     if recipe.exists():
-        try:
-            begun = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise GlocalError(f"{recipe} cannot be read as YAML: choose another run folder.") from error
-        _refuse_difference(folder, begun, settings)
+        _refuse_difference(folder, settings_of(folder), settings)
         return
     if folder.is_dir() and any(folder.iterdir()):
         raise GlocalError(f"{folder} is not empty and holds no run: choose another folder.")
@@ -54,8 +50,8 @@ def begin(folder: Path, kind: str, settings: dict[str, Any]) -> None:
     write_text(recipe, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
-def _refuse_difference(folder: Path, begun: Any, now: dict[str, Any]) -> None:
-    old, new = flatten(begun if isinstance(begun, dict) else {}), flatten(now)
+def _refuse_difference(folder: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:
+    old, new = flatten(begun), flatten(now)
     for key in sorted(old.keys() | new.keys()):
         if key.rsplit(".", 1)[-1] not in _FREE_KEYS and old.get(key) != new.get(key):
             raise GlocalError(
@@ -72,10 +68,14 @@ def settings_of(folder: Path) -> dict[str, Any]:
     """
     try:
         settings = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise GlocalError(f"{folder} holds no run of glocal (no readable recipe.yaml).") from error
-    if not isinstance(settings, dict):
-        raise GlocalError(f"{folder / 'recipe.yaml'} is not a recipe.")
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise GlocalError(
+            f"{folder} holds no run of glocal (no readable recipe.yaml): choose another folder."
+        ) from error
+    if not isinstance(settings, dict) or "kind" not in settings:
+        raise GlocalError(
+            f"{folder} holds no run of glocal: its recipe.yaml is of something else; choose another folder."
+        )
     return settings
 
 

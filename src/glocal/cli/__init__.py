@@ -1,6 +1,7 @@
 """The command line: one small file per command, no logic, heavy imports only inside the commands."""
 
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -26,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+_STOPPED = 130
 START, DATA, STEPS = "Start here", "Your data", "Step by step"
 for command, panel in (
     (demo, START),
@@ -46,22 +48,24 @@ for command, panel in (
 
 
 def main() -> None:
-    """Run the command line; a problem the user can solve is one sentence and exit code 2."""
+    """Run the command line; a problem the user can solve is one sentence and exit code 2, Ctrl-C is 130."""
     from glocal.errors import GlocalError
+    from glocal.files import explained
 
     try:
         app()
     except GlocalError as error:
-        typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        typer.secho("Stopped. Start the same command again and it continues.", err=True)
-        sys.exit(130)
+        _refuse(str(error))
     except OSError as error:
-        from glocal.files import explained
+        if sentence := explained(error):
+            _refuse(sentence)
+        raise
+    except SystemExit as end:
+        if end.code == _STOPPED:  # what Typer makes of Ctrl-C
+            typer.secho("Stopped. Start the same command again and it continues.", err=True)
+        raise
 
-        sentence = explained(error)
-        if sentence is None:
-            raise
-        typer.secho(f"Error: {sentence}", fg=typer.colors.RED, err=True)
-        sys.exit(2)
+
+def _refuse(sentence: str) -> NoReturn:
+    typer.secho(f"Error: {sentence}", fg=typer.colors.RED, err=True)
+    sys.exit(2)

@@ -12,7 +12,7 @@ def finetune(
     labels: Annotated[str, typer.Option(help="Labelled volumes: a number, or cases by name: CASE,CASE.")],
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings, for example max_iterations=1000 draw=1 validation=2."),
+        typer.Argument(metavar="KEY=VALUE", help="Settings, for example max_iterations=1000 draw=1 validation=2."),
     ] = None,
     pretrained: Annotated[
         Path | None, typer.Option("--from", help="A pre-training run or model file; default: random weights.")
@@ -22,6 +22,11 @@ def finetune(
     from glocal.experiments.steps import finetune_with
 
     model = finetune_with(store, run, labels, pretrained, words or [])
+    if (run / "transfer.json").exists():
+        from glocal.files import read_json
+        from glocal.model import Transfer
+
+        typer.echo(Transfer(**read_json(run / "transfer.json")).sentence())
     if (run / "evaluation.csv").exists():
         import pandas as pd
         from rich.console import Console

@@ -11,7 +11,7 @@ def preprocess(
     store: Annotated[Path, typer.Argument(help="Folder for the slices; a begun one is continued.")],
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings of preprocessing, for example size=[128,128]."),
+        typer.Argument(metavar="KEY=VALUE", help="Settings of preprocessing, for example size=[128,128]."),
     ] = None,
     recipe: Annotated[str, typer.Option(help="Recipe whose preprocessing is used.")] = "auto",
     workers: Annotated[int | None, typer.Option(min=1, help="Cases at the same time; default: one per core.")] = None,

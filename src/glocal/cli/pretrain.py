@@ -12,7 +12,7 @@ def pretrain(
     method: Annotated[str, typer.Option(help="See `glocal methods`.")],
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings, for example max_iterations=2000 seed=1 device=cpu."),
+        typer.Argument(metavar="KEY=VALUE", help="Settings, for example max_iterations=2000 seed=1 device=cpu."),
     ] = None,
 ) -> None:
     """Pre-train a network on the unlabelled images of a store."""

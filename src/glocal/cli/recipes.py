@@ -24,5 +24,5 @@ def recipes(
     else:
         from glocal.experiments.derive import derived
 
-        settings = derived(read_recipe(name, [f"data={data}"]))
+        settings = derived({**read_recipe(name), "data": str(data)})
         typer.echo(yaml.safe_dump(settings, sort_keys=False), nl=False)

@@ -10,7 +10,7 @@ def run(
     recipe: Annotated[str, typer.Argument(help="A packaged recipe (see `glocal recipes`) or a YAML file.")],
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="data=DATASET out=RUN, and any setting of the recipe."),
+        typer.Argument(metavar="KEY=VALUE", help="data=DATASET out=RUN, and any setting of the recipe."),
     ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Trainings at the same time, each with one thread; default: one per core.")

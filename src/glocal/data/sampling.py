@@ -25,7 +25,7 @@ class Slices:
 
 
 class Pool:
-    """The slices of some cases of a store, and ways to draw from them. Every draw is made by a given generator."""
+    """The slices of some cases of a store, and ways to draw from them, each a function of a generator or a seed."""
 
     def __init__(self, store: Store, cases: Sequence[str], device: torch.device | str = "cpu") -> None:
         """Pool the slices of `cases`.
@@ -36,7 +36,7 @@ class Pool:
         if not cases:
             raise GlocalError("There is no volume to train on: the split leaves none.")
         self.store, self.device = store, torch.device(device)
-        self.volumes = torch.tensor(sorted(store.index_of(case) for case in cases))
+        self.volumes = torch.tensor(sorted({store.index_of(case) for case in cases}))
         self.slices = torch.isin(store.volume_of, self.volumes).nonzero().squeeze(1)
 
     def __len__(self) -> int:

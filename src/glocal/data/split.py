@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -31,7 +31,7 @@ class ProtocolOptions(BaseModel):
 
     splits: int = Field(1, ge=1, description="the dataset's own split first, further ones of the same sizes by seed")
     draws: int = Field(1, ge=1, description="random choices of the labelled volumes, per split and budget")
-    test: int | Literal["auto"] = Field(
+    test: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
         description="labelled subjects kept for testing where the dataset has no split.json; "
         "auto: a fifth of them from ten on, none below",
@@ -80,36 +80,51 @@ def make_split(
     Raises:
         GlocalError: too few labelled subjects for what is asked.
     """
+    if given and not options.leave_one_out:
+        # Cases that split.json does not name are not used.
+        named = {case for cases in given.values() for case in cases}
+        members = [member for member in members if member.case in named]
     labelled = sorted({member.subject for member in members if member.labelled})
     if options.leave_one_out:
         if index >= len(labelled) or len(labelled) < 2:
             raise GlocalError(f"leave_one_out needs two labelled subjects or more, there are {len(labelled)}.")
-        return _by_subject(members, index, test={labelled[index]}, development=set())
+        return _by_subject(members, index, {labelled[index]}, set())
     if given:
-        subject_of = {member.case: member.subject for member in members}
         test, development = (
-            {subject_of[c] for c in given.get(k, ()) if c in subject_of} for k in ("test", "development")
+            {m.subject for m in members if m.case in given.get(k, ())} for k in ("test", "development")
         )
-        if index:
-            return _another(members, labelled, test, development, seed, index)
-        # Cases that split.json does not name are not used.
-        named = {case for cases in given.values() for case in cases}
-        return _by_subject([m for m in members if m.case in named], 0, test, development)
+        development -= test
+    else:
+        test, development = _drawn_test(labelled, options, seed), set()
+    if index:
+        test, development = _another(labelled, test, development, seed, index)
+    return _by_subject(members, index, test, development)
+
+
+def _drawn_test(labelled: list[str], options: ProtocolOptions, seed: int) -> set[str]:
     count = options.test if options.test != "auto" else (round(len(labelled) / 5) if len(labelled) >= 10 else 0)
     if count and count >= len(labelled):
         raise GlocalError(f"protocol.test={count} leaves none of the {len(labelled)} labelled subjects to train on.")
-    return _by_subject(members, index, set(shuffled(labelled, seed, "test", index)[:count]), set())
+    return set(shuffled(labelled, seed, "test", 0)[:count])
 
 
 def _another(
-    members: Sequence[Member], labelled: list[str], test: set[str], development: set[str], seed: int, index: int
-) -> Split:
-    candidates = [s for s in shuffled(labelled, seed, "split", index) if s not in development]
-    new_test = set(candidates[: len(test)])
-    rest = [s for s in shuffled(labelled, seed, "development", index) if s not in new_test | test]
-    if len(new_test) < len(test) or len(rest) < len(development):
-        raise GlocalError("There are too few labelled subjects for another split: use protocol.splits=1.")
-    return _by_subject(members, index, new_test, set(rest[: len(development)]))
+    labelled: list[str], test: set[str], development: set[str], seed: int, index: int
+) -> tuple[set[str], set[str]]:
+    """Test and development subjects of split `index`: as many as in split 0; no two splits test on the same ones."""
+    splits = [(test, development)]
+    for attempt in range(1, 100 + index):
+        candidates = [s for s in shuffled(labelled, seed, "split", attempt) if s not in development]
+        new_test = set(candidates[: len(test)])
+        rest = [s for s in shuffled(labelled, seed, "development", attempt) if s not in new_test | test]
+        new_development = set(rest[: len(development)])
+        if len(new_test) < len(test) or len(new_development) < len(development):
+            break
+        if (new_test or new_development) not in [earlier_test or earlier for earlier_test, earlier in splits]:
+            splits.append((new_test, new_development))
+        if len(splits) > index:
+            return splits[index]
+    raise GlocalError("There are too few labelled subjects for so many splits: use a smaller protocol.splits.")
 
 
 def _by_subject(members: Sequence[Member], index: int, test: set[str], development: set[str]) -> Split:
@@ -133,18 +148,21 @@ def draw_labels(
         GlocalError: there are fewer labelled volumes, or a named case is not one that may be trained on.
     """
     pool = {m.case: m for m in members if m.labelled and m.case in set(split.pretrain)}
-    if not isinstance(labels, int):
-        _refuse_unknown(labels, pool, split)
-        return Draw(index, tuple(labels), ())
     order = shuffled((m.subject for m in pool.values()), seed, "draw", split.index, index)
     queue = [case for subject in order for case in sorted(c for c, m in pool.items() if m.subject == subject)]
-    train = queue[:labels]
+    if isinstance(labels, int):
+        if labels < 1:
+            raise GlocalError(f"labels={labels} leaves nothing to train on: ask for one labelled volume or more.")
+        train, count = queue[:labels], labels
+    else:
+        _refuse_unknown(labels, pool, split)
+        train, count = list(labels), len(labels)
     used = {pool[case].subject for case in train}
     chosen = [case for case in reversed(queue) if pool[case].subject not in used][:validation]
-    if len(train) < labels or len(chosen) < validation:
+    if len(train) < count or len(chosen) < validation:
         raise GlocalError(
-            f"{labels} labelled volumes for training and {validation} for validation were asked for, but only "
-            f"{len(queue)} may be trained on: lower labels or validation, or label more."
+            f"{count} labelled volumes for training and {validation} for validation were asked for, but only "
+            f"{len(queue)} may be trained on (no subject in both): lower labels or validation, or label more."
         )
     return Draw(index, tuple(train), tuple(sorted(chosen)))
 
@@ -156,9 +174,9 @@ def _refuse_unknown(labels: Sequence[str], pool: dict[str, Member], split: Split
         if case in split.test + split.development:
             raise GlocalError(f"{case} belongs to a test or development subject and may not be trained on.")
         if case not in pool:
-            raise GlocalError(
-                f"{case} is not a labelled case of this store: choose among {', '.join(sorted(pool)[:5])} ..."
-            )
+            known = sorted(pool)
+            listed = ", ".join(known[:5]) + (" ..." if len(known) > 5 else "")
+            raise GlocalError(f"{case} is not a labelled case that may be trained on: choose among {listed or 'none'}.")
 
 
 def refuse_leakage(members: Sequence[Member], split: Split, used: Iterable[str], what: str, transductive: bool) -> None:
@@ -177,7 +195,7 @@ def refuse_leakage(members: Sequence[Member], split: Split, used: Iterable[str],
     if seen and not transductive:
         raise GlocalError(
             f"Subject {seen[0]}{f' and {len(seen) - 1} others' if len(seen) > 1 else ''} would be tested on but "
-            f"{what}: use weights of the same split, or say transductive=true and every table will tell."
+            f"{what}: use weights of the same split, or say protocol.transductive=true and every table will tell."
         )
 
 
@@ -191,7 +209,10 @@ def read_split(folder: Path) -> Split:
     """The split of a run.
 
     Raises:
-        GlocalError: the run has none.
+        GlocalError: the run has none, or the file is not one of a single training.
     """
-    content = read_json(folder / "split.json")["split"]
-    return Split(content["index"], *(tuple(content[key]) for key in ("pretrain", "development", "test")))
+    try:
+        content = read_json(folder / "split.json")["split"]
+        return Split(content["index"], *(tuple(content[key]) for key in ("pretrain", "development", "test")))
+    except (KeyError, TypeError) as error:
+        raise GlocalError(f"{folder / 'split.json'} is not the split of one training: name the run of one.") from error

@@ -13,7 +13,9 @@ import torch
 from glocal.data.dataset import Case, Dataset, read_dataset
 from glocal.data.image import Geometry, read_image, read_labels
 from glocal.data.orientation import ARRAY_AXES, distinct_axis
+from glocal.data.plan import PreprocessOptions
 from glocal.errors import GlocalError
+from glocal.options import validated
 
 LARGEST_SIDE = {"cpu": 128, "cuda": 256}
 SMALLEST_BOTTLENECK = 5
@@ -34,10 +36,10 @@ def derived(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with every part that says `auto: true` filled in from the data.
 
     Raises:
-        GlocalError: no dataset, or an unreadable image.
+        GlocalError: no dataset, an unreadable image, or a given key or value that does not fit.
     """
     parts = {name for name, part in settings.items() if isinstance(part, Mapping) and part.get("auto") is True}
-    result = {name: _without_auto(part) if name in parts else part for name, part in settings.items()}
+    result = {name: _without_auto(part) if isinstance(part, Mapping) else part for name, part in settings.items()}
     if not parts:
         return result
     if "data" not in settings:
@@ -45,45 +47,59 @@ def derived(settings: Mapping[str, Any]) -> dict[str, Any]:
     dataset = read_dataset(Path(str(settings["data"])))
     where = "cuda" if torch.cuda.is_available() and str(settings.get("device", "auto")) != "cpu" else "cpu"
     if "preprocess" in parts:
-        result["preprocess"] = _preprocess(dataset, result["preprocess"], LARGEST_SIDE[where])
-    size = result["preprocess"]["size"]
+        result["preprocess"] = _preprocess(dataset, _checked(result["preprocess"]), LARGEST_SIDE[where])
     if "network" in parts:
-        result["network"] = {"widths": _widths(min(size))} | result["network"]
+        preprocess = validated(PreprocessOptions, result.get("preprocess", {}), "preprocess")
+        result["network"] = {"widths": _widths(min(preprocess.size))} | result["network"]
     pretraining, finetuning = ITERATIONS[where]
     if "pretrain" in parts:
-        volumes = len(dataset.cases)
-        result["pretrain"] = {
-            name: {"max_iterations": pretraining}
-            | ({"volumes": max(1, min(5, volumes))} if part.get("method") == "gcl" else {})
-            | dict(part)
-            for name, part in result["pretrain"].items()
-        }
+        volumes = {"volumes": min(5, len(dataset.cases))}
+        for name, part in result["pretrain"].items():
+            if isinstance(part, Mapping):  # anything else is refused when the recipe is validated
+                defaults = {"max_iterations": pretraining} | (volumes if part.get("method") == "gcl" else {})
+                result["pretrain"][name] = defaults | dict(part)
     if "finetune" in parts:
         result["finetune"] = {"max_iterations": finetuning} | result["finetune"]
     return result
 
 
 def _without_auto(part: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in part.items() if key != "auto"}
+    return {key: value for key, value in part.items() if key != "auto" or not isinstance(value, bool)}
+
+
+def _checked(given: dict[str, Any]) -> dict[str, Any]:
+    """The given keys, checked before they are computed with; stand-ins take the place of what will be derived."""
+    implied: dict[str, Any] = {"intensity": "window"} if given.get("window") else {}
+    stand_in: dict[str, Any] = {"size": (1, 1)} | ({"window": (0, 1)} if given.get("intensity") == "window" else {})
+    options = validated(PreprocessOptions, stand_in | implied | given, "preprocess").model_dump(mode="json")
+    return {key: options[key] for key in implied | given}
 
 
 def _preprocess(dataset: Dataset, given: dict[str, Any], largest_side: int) -> dict[str, Any]:
-    print_ = fingerprint(dataset, given)
-    known = given.get("spacing_known", True)
-    rows, columns = (k for k in range(3) if k != print_.axis)
-    spacings = np.array([[g.spacing[::-1][k] for k in (rows, columns)] for g in print_.geometries])
-    sizes = np.array([[g.size[::-1][k] for k in (rows, columns)] for g in print_.geometries])
-    spacing = None
-    if known and (spacings.max(0) / spacings.min(0) > 1.02).any():
+    seen = fingerprint(dataset, given)
+    in_plane = [k for k in range(3) if k != seen.axis]
+    spacings = np.array([[g.spacing[::-1][k] for k in in_plane] for g in seen.geometries])
+    sizes = np.array([[g.size[::-1][k] for k in in_plane] for g in seen.geometries])
+    spacing = given.get("spacing")
+    if "spacing" not in given and given.get("spacing_known", True) and (spacings.max(0) > 1.02 * spacings.min(0)).any():
         spacing = [round(float(np.median(spacings)), 3)] * 2
+    if spacing:
         sizes = np.rint(sizes * spacings / spacing)
-    field = np.maximum(np.median(sizes, axis=0), _foreground_field(dataset, print_.axis, spacing))
-    factor = max(1.0, float(field.max()) / largest_side)
-    size = [max(16, 16 * ceil(side / factor / 16)) for side in field]
-    field = [round(side * factor) for side in size]  # the same zoom along rows and columns
-    intensity = {"intensity": "window", "window": list(print_.window)} if print_.window else {"intensity": "percentile"}
-    fixed = {"spacing": spacing, "slice_axis": ARRAY_AXES[print_.axis], "field": field, "size": size}
+    wanted = np.maximum(np.median(sizes, axis=0), _foreground_field(dataset, seen.axis, spacing))
+    field, size = _frame(given.get("field") or wanted.tolist(), given.get("size"), largest_side)
+    intensity = {"intensity": "window", "window": list(seen.window)} if seen.window else {"intensity": "percentile"}
+    fixed = {"spacing": spacing, "slice_axis": ARRAY_AXES[seen.axis], "field": field, "size": size}
     return intensity | fixed | given
+
+
+def _frame(wanted: list[float], size: list[int] | None, largest_side: int) -> tuple[list[int], list[int]]:
+    """Field and size (rows, columns): the field holds what is wanted, and both axes are zoomed alike."""
+    if size is None:
+        factor = max(1.0, max(wanted) / largest_side)
+        size = [max(16, 16 * ceil(side / factor / 16)) for side in wanted]
+    else:
+        factor = max(1.0, *(side / pixels for side, pixels in zip(wanted, size, strict=True)))
+    return [round(pixels * factor) for pixels in size], size
 
 
 def fingerprint(dataset: Dataset, given: Mapping[str, Any]) -> Fingerprint:
@@ -101,7 +117,8 @@ def fingerprint(dataset: Dataset, given: Mapping[str, Any]) -> Fingerprint:
     if axis is None:
         axis = min(range(3), key=lambda k: geometries[0].size[2 - k])
     is_ct = any(name.strip().lower() == "ct" for name in dataset.channels)
-    return Fingerprint(axis, geometries, _window(dataset) if is_ct and "window" not in given else None)
+    wants_window = is_ct and "window" not in given and given.get("intensity", "window") == "window"
+    return Fingerprint(axis, geometries, _window(dataset) if wants_window else None)
 
 
 def _header(path: Path) -> Geometry:
@@ -127,6 +144,9 @@ def _window(dataset: Dataset) -> tuple[float, float]:
 def _interesting(case: Case) -> Any:
     image = read_image(case.images[:1]).array[0]
     inside = read_labels(case.label).array[0] > 0 if case.label else image > -500
+    if inside.shape != image.shape:
+        raise GlocalError(f"{case.label} and its image differ in size: run `glocal check` on the dataset.")
+    inside &= np.isfinite(image)
     values = image[inside] if inside.any() else image.ravel()
     return values[:: max(1, len(values) // 100_000)]
 

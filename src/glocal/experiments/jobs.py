@@ -5,12 +5,14 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from glocal import runs
+from glocal.errors import GlocalError
 from glocal.progress import progress
 
 
@@ -32,7 +34,7 @@ def do(jobs: Sequence[Job], description: str, workers: int) -> None:
     """Do the jobs that are not done yet; with several workers each has one thread.
 
     Raises:
-        GlocalError: a job's own, after the jobs that were running have been stopped.
+        GlocalError: a job's own, after the jobs that were running have been stopped; or a process was killed.
     """
     open_jobs = [job for job in jobs if not job.done()]
     if workers == 1 or len(open_jobs) < 2:
@@ -54,6 +56,12 @@ def _do_at_once(jobs: Sequence[Job], description: str, workers: int) -> None:
                 for future in finished:
                     future.result()
                 bar.update(task, completed=sum(_iterations_done(job) for job in jobs))
+    except BrokenProcessPool as error:
+        _stop(pool)
+        raise GlocalError(
+            "A training process was killed, most likely for lack of memory: start the same command again with "
+            "--workers 1, it continues."
+        ) from error
     except BaseException:
         _stop(pool)
         raise

@@ -1,9 +1,10 @@
 """A recipe: one YAML file that says everything a run does. Validated before anything starts."""
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,12 +14,13 @@ from glocal.data.split import ProtocolOptions
 from glocal.errors import GlocalError
 from glocal.options import closest, merged, parse_words, validated
 
-# A value given once at the top holds for pre-training and fine-tuning alike.
-COMMON = ("seed", "device", "precision", "network")
-
 
 class Recipe(BaseModel):
-    """The parts of a recipe. `pretrain` names contenders; `random` (no pre-training) is always there."""
+    """The parts of a recipe. `pretrain` names contenders; `random` (no pre-training) is always there.
+
+    `seed`, `device`, `precision` and `network` hold for every training that does not say otherwise; `max_iterations`
+    holds for every training whatever its part says, so that one word makes any recipe short.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -28,7 +30,10 @@ class Recipe(BaseModel):
     out: Path | None = Field(None, description="the run folder")
     seed: int = 0
     device: str = "auto"
-    precision: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    max_iterations: int | None = Field(
+        None, ge=1, description="of every training (each stage), over what the parts say"
+    )
     network: dict[str, Any] = Field(default_factory=dict)
     preprocess: PreprocessOptions
     pretrain: dict[str, dict[str, Any]] = Field(default_factory=dict, description="contenders by name")
@@ -39,14 +44,14 @@ class Recipe(BaseModel):
     protocol: ProtocolOptions = ProtocolOptions()
 
     def part(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings of one part, completed by what the recipe says once for all parts."""
+        """Settings of one training, completed by what the recipe says once for all."""
         common = {"seed": self.seed, "device": self.device, "precision": self.precision}
-        return merged(common | ({"network": self.network} if self.network else {}), settings)
+        short = {"max_iterations": self.max_iterations} if self.max_iterations else {}
+        return merged(common | ({"network": self.network} if self.network else {}), settings) | short
 
     def contenders(self) -> tuple[str, ...]:
         """The contenders to compare, `random` first."""
-        named = self.compare or tuple(self.pretrain)
-        return ("random", *(name for name in named if name != "random"))
+        return tuple(dict.fromkeys(("random", *(self.compare or self.pretrain))))
 
 
 def recipe_names() -> list[str]:
@@ -62,13 +67,16 @@ def recipe_text(name: str) -> str:
     """The YAML text of a packaged recipe, or of a file.
 
     Raises:
-        GlocalError: there is neither.
+        GlocalError: there is neither, or the file cannot be read.
     """
     if name in recipe_names():
         return str((_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
     path = Path(name)
     if path.suffix in (".yaml", ".yml") and path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise GlocalError(f"The recipe {path} cannot be read: save it as plain text (UTF-8).") from error
     raise GlocalError(f"There is no recipe {name!r} and no such YAML file: {closest(name, recipe_names())}")
 
 
@@ -81,7 +89,9 @@ def read_recipe(name: str, words: Sequence[str] = ()) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(recipe_text(name))
     except yaml.YAMLError as error:
-        raise GlocalError(f"The recipe {name} is not valid YAML: {error}.") from error
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}" if mark else "it holds characters that no text has"
+        raise GlocalError(f"The recipe {name} is not valid YAML ({where}): correct it.") from error
     if not isinstance(settings, dict):
         raise GlocalError(f"The recipe {name} is not a list of `key: value` settings.")
     settings.setdefault("name", Path(name).stem)
@@ -95,16 +105,33 @@ def make_recipe(settings: Mapping[str, Any]) -> Recipe:
         GlocalError: an unknown key (suggests the right one), a value that does not fit, or an unknown contender.
     """
     from glocal.finetuning.registry import finetuning_options
-    from glocal.pretraining.registry import pretraining_options
+    from glocal.networks.registry import NetworkOptions
 
     recipe = validated(Recipe, settings, "")
-    for name, part in recipe.pretrain.items():
-        try:
-            pretraining_options(recipe.part(part))
-        except GlocalError as error:
-            raise GlocalError(str(error).replace("pretrain.", f"pretrain.{name}.", 1)) from error
+    if recipe.network:  # said here once, and not as a fault of the first part that takes it over
+        validated(NetworkOptions, recipe.network, "network")
+    stages = {name: _stages(recipe, name) for name in recipe.pretrain}
     finetuning_options(recipe.part(recipe.finetune))
-    for name in recipe.contenders():
-        if name != "random" and name.partition("@")[0] not in recipe.pretrain:
-            raise GlocalError(f"compare names {name!r}: {closest(name, ['random', *recipe.pretrain])}")
+    for contender in recipe.contenders():
+        name, at, stage = contender.partition("@")
+        if contender != "random" and name not in stages:
+            raise GlocalError(f"compare names {contender!r}: {closest(name, ['random', *stages])}")
+        if at and stage not in stages[name]:
+            raise GlocalError(f"compare names {contender!r}: {closest(stage, stages[name])}")
     return recipe
+
+
+def _stages(recipe: Recipe, name: str) -> list[str]:
+    """The names of the stages of a contender's pre-training."""
+    from glocal.pretraining.registry import method_named, pretraining_options
+
+    if not re.fullmatch(r"[\w.-]+", name) or name == "random":
+        raise GlocalError(f"pretrain.{name}: choose another name, of letters, digits, - and _ (random is taken).")
+    part = recipe.part(recipe.pretrain[name])
+    try:
+        options = pretraining_options(part)
+        return [stage for stage, _ in method_named(part["method"]).stages(options)]
+    except GlocalError as error:
+        key, text = f"pretrain.{name}", str(error)
+        named = text.startswith("pretrain.")
+        raise GlocalError(key + text.removeprefix("pretrain") if named else f"{key}: {text}") from error

@@ -8,7 +8,7 @@ from typing import Any
 from glocal import runs
 from glocal.data.dataset import read_dataset
 from glocal.data.preprocess import preprocess
-from glocal.data.split import Split, make_split
+from glocal.data.split import Split, draw_labels, make_split, read_split
 from glocal.data.store import Store
 from glocal.errors import GlocalError
 from glocal.experiments.derive import derived
@@ -59,11 +59,14 @@ def run_recipe(recipe: Recipe, workers: int | None = None) -> Path:
         for index in range(split_count(recipe, store))
     ]
     _say(recipe, store, splits)
-    do(pretraining_jobs(recipe, splits), "Pre-training", workers)
-    do(finetuning_jobs(recipe, splits), "Fine-tuning", workers)
+    pretraining, finetuning = pretraining_jobs(recipe, splits), finetuning_jobs(recipe, splits)
+    _refuse_early([*pretraining, *finetuning], store)
+    do(pretraining, "Pre-training", workers)
+    do(finetuning, "Fine-tuning", workers)
     write_json(out / "split.json", {"splits": [split.__dict__ for split in splits]})
     write_tables(out)
-    runs.finish(out, started, kind="run", warnings=[])
+    if not runs.finished(out):
+        runs.finish(out, started, kind="run", warnings=[])
     report(out)
     return out
 
@@ -73,6 +76,18 @@ def split_count(recipe: Recipe, store: Store) -> int:
     if recipe.protocol.leave_one_out:
         return len({volume.subject for volume in store.volumes if volume.labelled})
     return recipe.protocol.splits
+
+
+def _refuse_early(jobs: Sequence[Job], store: Store) -> None:
+    """What the last job could not do is said before the first one runs."""
+    for job in jobs:
+        split: Split = job.arguments["split"]
+        made_of = (runs.settings_of(job.folder)["store"], read_split(job.folder)) if job.done() else None
+        if made_of not in (None, (store.digest(), split)):
+            raise GlocalError(f"The data have changed since {job.folder} was trained: choose another run folder.")
+        if job.work is finetune:
+            options: Any = finetuning_options(job.arguments["settings"])
+            draw_labels(store.volumes, split, options.labels, options.validation, options.seed, options.draw)
 
 
 def pretraining_jobs(recipe: Recipe, splits: Sequence[Split]) -> list[Job]:
@@ -102,17 +117,15 @@ def finetuning_jobs(recipe: Recipe, splits: Sequence[Split]) -> list[Job]:
     """One fine-tuning per split, contender, budget and draw."""
     assert recipe.out is not None
     options = finetuning_options(recipe.part(recipe.finetune))
-    budgets = (
-        options.labels
-        if isinstance(options.labels, tuple) and isinstance(options.labels[0], int)
-        else (options.labels,)
-    )
+    labels = options.labels
+    budgets = dict.fromkeys(labels) if isinstance(labels, tuple) and isinstance(labels[0], int) else (labels,)
     jobs = []
-    for split in splits:
-        for contender in recipe.contenders():
-            source = contender_model(recipe, split.index, contender)
+    # Draws outermost: a run that is stopped half-way has whole pairs to compare.
+    for draw in range(recipe.protocol.draws):
+        for split in splits:
             for budget in budgets:
-                for draw in range(recipe.protocol.draws):
+                for contender in recipe.contenders():
+                    source = contender_model(recipe, split.index, contender)
                     settings = recipe.part(recipe.finetune) | {"labels": budget, "draw": draw}
                     count = budget if isinstance(budget, int) else len(budget)
                     folder = (

@@ -58,11 +58,11 @@ def paired(table: pd.DataFrame, baseline: str = "random") -> pd.DataFrame:
 
 
 def summarise(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """One row per budget and contender: mean and deviation of the score, and of the difference paired with random."""
+    """One row per budget and contender, random first: mean and deviation of score and of difference to random."""
     rows = []
     differences = paired(table[table["checkpoint"] == "last"])
     for (labels, validation), of_budget in table.groupby(["labels", "validation"], sort=True):
-        for contender in of_budget["contender"].unique():
+        for contender in sorted(of_budget["contender"].unique(), key=lambda name: name != "random"):
             mine = of_budget[of_budget["contender"] == contender]
             last = mine[mine["checkpoint"] == "last"]["dice"]
             best = mine[mine["checkpoint"] == "best"]["dice"]

@@ -1,9 +1,9 @@
 """What a fine-tuning strategy is: options, and a step turned into losses."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from glocal.data.sampling import Pool
@@ -14,13 +14,16 @@ from glocal.views.intensity import IntensityOptions
 from glocal.views.spatial import SpatialOptions
 from glocal.views.view import ViewOptions
 
+T = TypeVar("T")
+Several = Annotated[tuple[T, ...], Field(min_length=1)]
+
 
 class FinetuningOptions(TrainingOptions):
     """What every strategy has. Nothing is frozen: all parts of the network are trained."""
 
     strategy: str = Field("supervised", description="see `glocal methods`")
     network: NetworkOptions = Field(NetworkOptions(), description="with pre-trained weights, theirs is taken")
-    labels: int | tuple[int, ...] | tuple[str, ...] = Field(
+    labels: PositiveInt | Several[PositiveInt] | Several[str] = Field(
         2, description="labelled volumes to train on: a number (an experiment takes several), or cases by name"
     )
     validation: int = Field(0, ge=0, description="further labelled volumes that only choose the best checkpoint")

@@ -70,15 +70,17 @@ def finetune(
     options, protocol = finetuning_options(settings), protocol or ProtocolOptions()
     store = store if isinstance(store, Store) else Store.open(store)
     source = None if pretrained is None else find_model(pretrained)
-    split = split or _split_of(pretrained, store, protocol, options.seed)
+    split = split or _split_of(source, store, protocol, options.seed)
     labels = options.labels
     if not (isinstance(labels, int) or all(isinstance(case, str) for case in labels)):
         raise GlocalError("A single fine-tuning takes one number of labels: several are for `glocal run`.")
     draw = draw_labels(store.volumes, split, labels, options.validation, options.seed, options.draw)  # type: ignore[arg-type]
+    header, network, report = _start(store, options, source, split, draw)
     runs.begin(run, "finetune", _settings(store, options, source, split, protocol))
+    if (run / "split.json").exists() and read_split(run) != split:
+        raise GlocalError(f"{run} was begun with another split of the cases: choose another run folder.")
     if runs.finished(run):
         return run / "model.safetensors"
-    header, network, report = _start(store, options, source, split, draw, protocol)
     write_split(run, split, draw)
     if report is not None:
         write_json(run / "transfer.json", report.as_dict())
@@ -108,9 +110,13 @@ def finetune(
     return run / "model.safetensors"
 
 
-def _split_of(pretrained: Path | None, store: Store, protocol: ProtocolOptions, seed: int) -> Split:
-    if pretrained is not None and (pretrained / "split.json").exists():
-        return read_split(pretrained)
+def _split_of(source: Path | None, store: Store, protocol: ProtocolOptions, seed: int) -> Split:
+    """The split of the pre-training (`source` is in its folder, or in that of a stage), if it was on these data."""
+    for folder in () if source is None else (source.parent, source.parent.parent):
+        if (folder / "split.json").exists():
+            split = read_split(folder)
+            if {*split.pretrain, *split.development, *split.test} <= {volume.case for volume in store.volumes}:
+                return split
     return make_split(store.volumes, store.split, protocol, seed)
 
 
@@ -129,12 +135,7 @@ def _settings(
 
 
 def _start(
-    store: Store,
-    options: FinetuningOptions,
-    source: Path | None,
-    split: Split,
-    draw: Draw,
-    protocol: ProtocolOptions,
+    store: Store, options: FinetuningOptions, source: Path | None, split: Split, draw: Draw
 ) -> tuple[Header, SegmentationNetwork, Transfer | None]:
     """The model's header and the network, with pre-trained weights where there are any; refuses leakage."""
     subject = {volume.case: volume.subject for volume in store.volumes}
@@ -145,6 +146,8 @@ def _start(
     network = build(before.network if before else options.network, store.plan.channels, len(store.labels))
     report = None
     if source is not None and before is not None:
+        if before.kind != "pretrained":
+            raise GlocalError(f"{source} was fine-tuned already: start from a pre-training, or from random weights.")
         if before.plan.options != store.plan.options or before.channels != store.plan.channels:
             raise GlocalError(
                 f"{source} was pre-trained on slices that were preprocessed in another way: use the same preprocessing."

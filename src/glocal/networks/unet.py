@@ -29,7 +29,14 @@ def convolution(inputs: int, outputs: int, kernel: int = 3) -> nn.Module:
     # TensorFlow's momentum .99 is 0.01 here; its SAME padding of an even kernel is one pixel right and bottom.
     norm = ("BATCH", {"eps": 1e-3, "momentum": 0.01})
     block: nn.Module = Convolution(
-        2, inputs, outputs, kernel_size=kernel, act="RELU", norm=norm, adn_ordering="NA", padding=(kernel - 1) // 2
+        2,
+        inputs,
+        outputs,
+        kernel_size=kernel,
+        act=("RELU", {"inplace": True}),
+        norm=norm,
+        adn_ordering="NA",
+        padding=(kernel - 1) // 2,
     )
     return block if kernel % 2 else nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), block)
 

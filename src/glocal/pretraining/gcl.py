@@ -7,7 +7,7 @@ Stage 2 freezes it and trains the first decoder blocks: a region attracts the sa
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from glocal.contrast.losses import contrastive_loss
@@ -22,6 +22,7 @@ from glocal.contrast.regions import (
 )
 from glocal.data.sampling import Pool, Slices
 from glocal.engine import TrainingOptions
+from glocal.errors import GlocalError
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.heads import DenseHead, GlobalHead
 from glocal.networks.registry import NetworkOptions
@@ -49,7 +50,9 @@ class Options(TrainingOptions):
     volumes: int = Field(5, ge=1, description="m: volumes per step, G^D-, G^D and L^D")
     partitions: int = Field(4, ge=1, description="S: partitions of a volume")
     originals: bool = Field(True, description="G^D-, G^D: the untransformed slices are network inputs too")
-    views: int | Literal["auto"] = Field("auto", description="transformed versions of each slice: 2, with G^D 1")
+    views: PositiveInt | Literal["auto"] = Field(
+        "auto", description="transformed versions of each slice: 2, with G^D 1"
+    )
     hidden: int = Field(1024, ge=1, description="hidden width of g1")
     outputs: int = Field(128, ge=1, description="width of the embedding")
     augmentation: ViewOptions = ViewOptions(
@@ -72,6 +75,7 @@ class Global(Stage):
 
     def __init__(self, network: SegmentationNetwork, pool: Pool, options: Options) -> None:
         super().__init__(network, pool, options, trained=("encoder",))
+        self._refuse_impossible()
         channels, height, width = self.bottleneck_size()
         self.g1 = GlobalHead(channels * height * width, options.hidden, options.outputs)
 
@@ -98,6 +102,18 @@ class Global(Stage):
         self.watch(embeddings)
         return {"loss": contrastive_loss(embeddings, positive, negative, o.temperature, denominator="one")}
 
+    def _refuse_impossible(self) -> None:
+        """Without anything to attract, or anything to repel, the loss is 0 whatever the weights."""
+        o: Options = self.options
+        across = o.strategy == "D" and min(o.volumes, len(self.pool.volumes)) > 1
+        if len(self._roles()) < 2 and not across:
+            raise GlocalError("Each slice would be seen once, so that nothing attracts it: set views=2.")
+        if o.strategy != "random" and min(o.partitions, int(self.pool.store.count_of[self.pool.slices].max())) < 2:
+            raise GlocalError(
+                f"strategy={o.strategy} needs two partitions or more, and a volume of two slices or more, to have "
+                "anything to repel: raise partitions, or set strategy=random."
+            )
+
     def _slices(self, rng: torch.Generator) -> Slices:
         o: Options = self.options
         if o.strategy == "random":
@@ -117,9 +133,11 @@ class Local(Stage):
         blocks = tuple(f"decoder.{block}" for block in range(options.blocks))
         frozen = ("encoder",) if options.frozen_batch_norm == "eval" else ()
         super().__init__(network, pool, options, trained=blocks, frozen=frozen)
-        width = network.decoder_channels(options.blocks)
-        self.g2 = DenseHead(width)
-        wide = options.kernel**2 * width
+        channels = network.decoder_channels(options.blocks)
+        _, height, width = (side * 2**options.blocks for side in self.bottleneck_size())
+        self.positions = region_positions(height, width, options.regions, options.kernel, options.negatives)
+        self.g2 = DenseHead(channels)
+        wide = options.kernel**2 * channels
         projected = options.kernel == 3 and options.projection
         self.projection = nn.Linear(wide, 128, bias=False) if projected else nn.Identity()
 
@@ -140,8 +158,7 @@ class Local(Stage):
             features = self.network.encode(views)
         maps = self.g2(self.network.decode(features, o.blocks))
 
-        positions = region_positions(maps.shape[-2], maps.shape[-1], o.regions, o.kernel, o.negatives)
-        vectors = self.projection(region_vectors(maps, positions, o.kernel))
+        vectors = self.projection(region_vectors(maps, self.positions, o.kernel))
         positive, negative = (m.to(maps.device) for m in local_masks(o.regions, o.kernel, o.negatives))
         image, volume = torch.arange(len(slices)).repeat(2), slices.volume.repeat(2)
         if o.local == "random":

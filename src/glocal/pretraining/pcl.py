@@ -15,6 +15,7 @@ from glocal.contrast.losses import contrastive_loss
 from glocal.contrast.pairs import on_lattice, pcl_partition, position_of, positional, same_label
 from glocal.data.sampling import Pool
 from glocal.engine import TrainingOptions
+from glocal.errors import GlocalError
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.heads import GlobalHead, PooledHead
 from glocal.networks.registry import NetworkOptions
@@ -35,7 +36,9 @@ class Options(TrainingOptions):
     weight_decay: float = Field(1e-5, ge=0)
     max_iterations: int = Field(10_000, ge=1)
     batch: int = Field(32, ge=2, description="slices per step; each is seen in two views")
-    threshold: float = Field(0.11, gt=0, description="t: positions nearer than this attract; keep off multiples of 1/n")
+    threshold: float = Field(
+        0.11, gt=0, lt=1, description="t: positions nearer than this attract; keep off multiples of 1/n"
+    )
     position: Literal["pcl", "centre"] = Field("pcl", description="(i + 1) / n as the code, or (i + 0.5) / n")
     labels: Literal["position", "partition"] = "position"
     temperature: float = Field(0.1, gt=0)
@@ -54,6 +57,10 @@ class Encoder(Stage):
 
     def __init__(self, network: SegmentationNetwork, pool: Pool, options: Options) -> None:
         super().__init__(network, pool, options, trained=("encoder",))
+        if int(pool.store.count_of[pool.slices].max()) < 2:
+            raise GlocalError(
+                "PCL compares places within volumes, and every volume here is a single slice: use gcl, strategy=random."
+            )
         channels, height, width = self.bottleneck_size()
         self.head = (
             PooledHead(channels, options.outputs)
@@ -90,6 +97,9 @@ class Encoder(Stage):
 
     def warning(self) -> str | None:
         """Collapse, or a threshold whose neighbours hang on rounding."""
+        return super().warning() or self._borderline()
+
+    def _borderline(self) -> str | None:
         o: Options = self.options
         counts = torch.unique(self.pool.store.count_of[self.pool.slices])
         borderline = counts[on_lattice(o.threshold, counts)]
@@ -98,7 +108,7 @@ class Encoder(Stage):
                 f"threshold={o.threshold} is a multiple of 1/n for volumes of {int(borderline[0])} slices: whether "
                 f"neighbours attract hangs on rounding; take {o.threshold * 0.9:.3g} or {o.threshold * 1.1:.3g}."
             )
-        return super().warning()
+        return None
 
 
 def _stages(options: Any) -> list[tuple[str, Any]]:

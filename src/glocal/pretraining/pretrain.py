@@ -11,9 +11,10 @@ from torch import nn
 
 from glocal import runs
 from glocal.data.sampling import Pool
-from glocal.data.split import ProtocolOptions, Split, make_split, refuse_leakage, write_split
+from glocal.data.split import ProtocolOptions, Split, make_split, read_split, refuse_leakage, write_split
 from glocal.data.store import Store
-from glocal.engine import TrainingOptions, device_named, train
+from glocal.engine import TrainingOptions, device_named, train, training_state
+from glocal.errors import GlocalError
 from glocal.files import replacing, write_json
 from glocal.model import Header, save_model, transfer
 from glocal.networks.registry import build
@@ -42,7 +43,8 @@ def pretrain(
         The model file, `run/model.safetensors`.
 
     Raises:
-        GlocalError: unknown settings, another run's folder, or a test subject among the cases to train on.
+        GlocalError: unknown settings, another run's folder, a stage that the data do not allow, or a test subject among
+            the cases to train on.
     """
     started = time.time()
     options = pretraining_options(settings)
@@ -54,9 +56,17 @@ def pretrain(
     subjects = sorted({v.subject for v in store.volumes if v.case in cases})
     refuse_leakage(store.volumes, split, subjects, "would be pre-trained on", protocol.transductive)
 
+    pool = Pool(store, cases, device_named(options.device))
+    if not runs.finished(run):
+        # What the last stage cannot do is said now, not after the first has run for hours.
+        for _, make in method.stages(options):
+            make(build(options.network, store.plan.channels, len(store.labels)), pool, options)  # type: ignore[attr-defined]
+
     settings_now = {"store": store.digest(), "transductive": protocol.transductive, **options.model_dump(mode="json")}
     runs.begin(run, "pretrain", settings_now)
     target = run / "model.safetensors"
+    if (run / "split.json").exists() and read_split(run) != split:
+        raise GlocalError(f"{run} was begun with another split of the cases: choose another run folder.")
     if runs.finished(run):
         return target
     write_split(run, split)
@@ -74,7 +84,7 @@ def pretrain(
             **runs.environment(),
         },
     )
-    warnings = _train_stages(method, options, Pool(store, cases, device_named(options.device)), run, header)
+    warnings = _train_stages(method, options, pool, run, header)
     with replacing(target) as temporary:
         shutil.copyfile(_last_stage(method, options, run), temporary)
     runs.finish(run, started, kind="pretrain", warnings=warnings)
@@ -106,7 +116,9 @@ def _train_stages(method: Method, options: TrainingOptions, pool: Pool, run: Pat
         stage = make(network, pool, options)
         trained += tuple(part for part in stage.trained if part not in trained)
         before = folder / "model.safetensors"
-        if not before.exists():
+        if before.exists():
+            warnings += training_state(folder)["warnings"]
+        else:
             warnings += train(stage, options, folder, f"{run.name}: {name}")
             provenance = {**header.provenance, "stage": name, "parts": list(trained)}
             stage_header = header.model_copy(update={"provenance": provenance})

@@ -1,1 +1,0 @@
-"""The packaged recipes, YAML files."""

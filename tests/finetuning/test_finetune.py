@@ -1,0 +1,237 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from glocal.data.image import read_image, read_labels
+from glocal.data.plan import PreprocessOptions
+from glocal.data.preprocess import preprocess
+from glocal.data.split import ProtocolOptions, Split
+from glocal.data.store import Store
+from glocal.errors import GlocalError
+from glocal.evaluation.metrics import METRICS, dice
+from glocal.files import read_json
+from glocal.finetuning.finetune import _Validation, finetune
+from glocal.inference import slice_probabilities
+from glocal.model import load_network, read_header
+from glocal.pretraining.pretrain import pretrain
+from glocal.reporting.report import report
+from glocal.runs import manifest_of
+
+SHORT = {"labels": 2, "max_iterations": 2, "batch": 2}
+
+
+def test_the_run_holds_models_masks_and_figures(finetuned: Path, store: Store) -> None:
+    table = pd.read_csv(finetuned / "evaluation.csv")
+    rows = [(row.checkpoint, row.case, row.subject, row["class"]) for _, row in table.iterrows()]
+    assert rows == [(name, "case5", "case5", label) for name in ("last", "best") for label in ("wall", "blood")]
+    assert table["dice"].min() > 0.7
+    assert {"dice", "iou", "hd95", "hd", "assd", "nsd", "note"} <= set(table.columns)
+    assert table[list(METRICS)].notna().all(axis=None)
+    for name in ("predictions", "predictions-best"):
+        (file,) = (finetuned / name).iterdir()
+        mask, truth = read_labels(file), read_labels(store.dataset / "labelsTr" / file.name)
+        assert mask.geometry == truth.geometry
+    measured = table[table["checkpoint"] == "best"].set_index("class")["dice"]
+    assert measured["wall"] == pytest.approx(dice(mask.array == 1, truth.array == 1))
+    manifest = manifest_of(finetuned)
+    assert (manifest["kind"], manifest["evaluated"], manifest["cases"]) == ("finetune", "test", ["case5"])
+    assert Path(manifest["store"]) == store.path
+
+
+def test_only_what_was_drawn_was_trained_on(finetuned: Path) -> None:
+    split = read_json(finetuned / "split.json")
+    train, validation = split["draw"]["train"], split["draw"]["validation"]
+    assert (len(train), len(validation)) == (2, 1)
+    assert set(train + validation) == {"case0", "case1", "case2"}  # case3 has no labels, 4 and 5 are held out
+    header = read_header(finetuned / "model.safetensors")
+    assert header.provenance["labelled"] == train
+    assert header.provenance["validation"] == validation
+    assert header.provenance["subjects"] == ["case0", "case1", "case2"]
+
+
+def test_the_best_weights_on_validation_are_kept_beside_the_last(finetuned: Path, store: Store) -> None:
+    lines = [json.loads(line) for line in (finetuned / "metrics.jsonl").read_text().splitlines()]
+    values = {line["iteration"]: line["validation_dice"] for line in lines if "validation_dice" in line}
+    assert list(values) == [25, 50, 75, 100]
+    best, last = (load_network(finetuned / f"{name}.safetensors") for name in ("best", "model"))
+    assert best[1].provenance["validation_dice"] == max(values.values())
+    assert "validation_dice" not in last[1].provenance
+    (case,) = read_json(finetuned / "split.json")["draw"]["validation"]
+    number = store.index_of(case)
+    truth = store.labels_of(store.first[number] + torch.arange(store.volumes[number].slices))
+    for (network, _), expected in ((best, max(values.values())), (last, values[100])):
+        mask = slice_probabilities(network, store.volume(case), torch.device("cpu")).argmax(1)
+        overlaps = [dice((mask == k).numpy(), (truth == k).numpy()) for k in (1, 2)]
+        assert np.mean(overlaps) == pytest.approx(expected, abs=2e-3)
+
+
+def test_a_worse_look_at_validation_changes_nothing(store: Store, finetuned: Path, tmp_path: Path) -> None:
+    network, header = load_network(finetuned / "model.safetensors")
+    validation = _Validation(store, ("case2",), tmp_path / "best.safetensors", header, torch.device("cpu"))
+    strategy = torch.nn.Module()
+    strategy.network = network
+    good = validation(strategy)["validation_dice"]
+    kept = (tmp_path / "best.safetensors").read_bytes()
+    network.get_parameter("head.2.weight").data.neg_()
+    # A run that is continued compares with what the file says.
+    again = _Validation(store, ("case2",), tmp_path / "best.safetensors", header, torch.device("cpu"))
+    assert again(strategy)["validation_dice"] < good
+    assert (tmp_path / "best.safetensors").read_bytes() == kept
+
+
+def test_pretrained_weights_are_where_training_starts(
+    store: Store, pretrained: Path, tmp_path: Path, cheap: dict[str, Any]
+) -> None:
+    # A learning rate that changes nothing leaves what was transferred, and only that, as it was.
+    settings = {**cheap, **SHORT, "learning_rate": 1e-30, "weight_decay": 0}
+    weights = load_file(finetune(store, tmp_path / "a", settings, pretrained))
+    before = load_file(pretrained / "model.safetensors")
+    report_ = read_json(tmp_path / "a" / "transfer.json")
+    assert set(report_["transferred"]) == set(before)
+    assert set(report_["fresh"]) == set(weights) - set(before)
+    assert report_["unused"] == report_["mismatched"] == []
+    assert all(weights[name].equal(before[name]) for name in before if name.endswith(("weight", "bias")))
+    scratch = load_file(finetune(store, tmp_path / "b", settings))
+    assert not (tmp_path / "b" / "transfer.json").exists()
+    for name, value in weights.items():
+        if value.ndim == 4:
+            # The rest starts with the same random weights with and without pre-training: comparisons are paired.
+            assert value.equal(scratch[name]) == (name not in before), name
+    other = load_file(finetune(store, tmp_path / "c", {**settings, "draw": 1}))
+    assert not other["head.2.weight"].equal(scratch["head.2.weight"])
+
+
+def test_a_test_subject_seen_in_pretraining_is_refused(store: Store, tmp_path: Path, cheap: dict[str, Any]) -> None:
+    settings = {**cheap, "method": "pcl", "max_iterations": 1, "batch": 4, "outputs": 8}
+    everyone = Split(0, ("case0", "case1", "case2", "case3", "case5"), ("case4",), ())
+    pretrain(store, tmp_path / "all", settings, split=everyone)
+    split = Split(0, ("case0", "case1", "case2", "case3"), ("case4",), ("case5",))
+    with pytest.raises(GlocalError, match=r"Subject case5 would be tested on but was seen in pre-training"):
+        finetune(store, tmp_path / "run", {**cheap, **SHORT}, tmp_path / "all", split=split)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(GlocalError, match="case5 would be tested on but would be pre-trained on"):
+        pretrain(store, tmp_path / "x", settings, split=Split(0, everyone.pretrain, (), ("case5",)))
+    assert not (tmp_path / "x").exists()
+
+    protocol = ProtocolOptions(transductive=True)
+    pretrain(store, tmp_path / "open", settings, protocol, split)
+    assert "case5" in read_header(tmp_path / "open" / "model.safetensors").provenance["subjects"]
+    assert finetune(store, tmp_path / "run", {**cheap, **SHORT}, tmp_path / "open", split=split).exists()
+
+
+def test_the_split_of_the_pretraining_is_taken(store: Store, tmp_path: Path, cheap: dict[str, Any]) -> None:
+    settings = {**cheap, "method": "pcl", "max_iterations": 1, "batch": 4, "outputs": 8}
+    split = Split(3, ("case3", "case4", "case5"), (), ("case0",))
+    pretrain(store, tmp_path / "pre", settings, split=split)
+    sources = (tmp_path / "pre", tmp_path / "pre" / "model.safetensors", tmp_path / "pre" / "stage-1-encoder")
+    for number, source in enumerate(sources):
+        run = tmp_path / f"run{number}"
+        finetune(store, run, {**cheap, **SHORT}, source)
+        assert read_json(run / "split.json")["split"]["test"] == ["case0"]
+        assert set(pd.read_csv(run / "evaluation.csv")["case"]) == {"case0"}
+
+
+def test_two_labelled_cases_and_nothing_to_test_on(
+    tmp_path: Path, write_dataset: Any, preprocessing: PreprocessOptions, cheap: dict[str, Any]
+) -> None:
+    raw = write_dataset(tmp_path / "raw", {"a": 5, "b": 6, "c": 5}, ["a", "c"])
+    store = preprocess(raw, tmp_path / "store", preprocessing, workers=1)
+    model = finetune(store, tmp_path / "run", {**cheap, **SHORT})
+    assert sorted(read_header(model).provenance["labelled"]) == ["a", "c"]
+    assert not (tmp_path / "run" / "evaluation.csv").exists()
+    assert not (tmp_path / "run" / "predictions").exists()
+    assert manifest_of(tmp_path / "run")["evaluated"] is None
+    page = report(tmp_path / "run").read_text(encoding="utf-8")
+    assert "No labelled volume was kept for testing" in page
+    assert "leave_one_out" in page
+    with pytest.raises(GlocalError, match=r"only 2 may be trained on"):
+        finetune(store, tmp_path / "more", {**cheap, **SHORT, "validation": 1})
+    assert not (tmp_path / "more").exists()
+
+
+def test_labelled_cases_by_name(store: Store, tmp_path: Path, cheap: dict[str, Any]) -> None:
+    model = finetune(store, tmp_path / "run", {**cheap, **SHORT, "labels": ["case2", "case0"]})
+    assert read_header(model).provenance["labelled"] == ["case2", "case0"]
+    for labels, sentence in (
+        (["case3"], "case3 is not a labelled case"),
+        (["case5"], "case5 belongs to a test or development subject"),
+        (["case0", "case0"], "only once"),
+        ([2, 3], "A single fine-tuning takes one number of labels"),
+        ([], "finetune.labels"),
+        (0, "finetune.labels=0"),
+        (-1, "finetune.labels=-1"),
+        (9, "only 3 may be trained on"),
+    ):
+        with pytest.raises(GlocalError, match=sentence):
+            finetune(store, tmp_path / "other", {**cheap, **SHORT, "labels": labels})
+    assert not (tmp_path / "other").exists()
+
+
+def test_development_subjects_are_measured_when_asked(store: Store, tmp_path: Path, cheap: dict[str, Any]) -> None:
+    protocol = ProtocolOptions(evaluate="development")
+    finetune(store, tmp_path / "run", {**cheap, **SHORT}, protocol=protocol)
+    assert set(pd.read_csv(tmp_path / "run" / "evaluation.csv")["case"]) == {"case4"}
+    with pytest.raises(GlocalError, match="begun with evaluate=development, now it is test"):
+        finetune(store, tmp_path / "run", {**cheap, **SHORT})
+
+
+def test_other_slices_than_those_of_the_pretraining_are_refused(
+    raw: Path, pretrained: Path, finetuned: Path, store: Store, tmp_path: Path, cheap: dict[str, Any]
+) -> None:
+    other = preprocess(raw, tmp_path / "store", PreprocessOptions(size=(32, 32), percentiles=(0, 100)), workers=1)
+    with pytest.raises(GlocalError, match="preprocessed in another way: use the same preprocessing"):
+        finetune(other, tmp_path / "run", {**cheap, **SHORT}, pretrained)
+    with pytest.raises(GlocalError, match="was fine-tuned already"):
+        finetune(store, tmp_path / "run", {**cheap, **SHORT}, finetuned)
+    with pytest.raises(GlocalError, match="does not exist"):
+        finetune(store, tmp_path / "run", {**cheap, **SHORT}, tmp_path / "nowhere")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_kept_and_other_settings_are_refused(
+    store: Store, tmp_path: Path, cheap: dict[str, Any]
+) -> None:
+    run, settings = tmp_path / "run", {**cheap, **SHORT}
+    finetune(store, run, settings)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert finetune(store, run, settings) == run / "model.safetensors"
+    assert finetune(store, run, {**settings, "device": "auto", "log": ["tensorboard"]}).exists()
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    for key, value in (("seed", 5), ("labels", 1), ("loss", "dice"), ("network", {"widths": [4, 8]})):
+        with pytest.raises(GlocalError, match=f"was begun with {key}"):
+            finetune(store, run, {**settings, key: value})
+    with pytest.raises(GlocalError, match="begun with another split of the cases"):
+        finetune(store, run, settings, split=Split(0, ("case0", "case1", "case2"), (), ("case5",)))
+
+
+def test_a_dataset_that_has_moved_is_said(store: Store, tmp_path: Path, cheap: dict[str, Any]) -> None:
+    moved = Store.open(store.path)
+    moved.dataset = tmp_path / "gone"
+    with pytest.raises(GlocalError, match="gone"):
+        finetune(moved, tmp_path / "run", {**cheap, **SHORT})
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert finetune(store, tmp_path / "run", {**cheap, **SHORT}).exists()
+    assert (tmp_path / "run" / "evaluation.csv").exists()
+
+
+def test_the_report_shows_cases_and_pictures(finetuned: Path, store: Store) -> None:
+    page = report(finetuned).read_text(encoding="utf-8")
+    for text in (
+        "fine-tuned on 2 labelled volumes of Tiny",
+        "weights pre-trained by pcl",
+        "mean Dice",
+        "case5",
+        "wall",
+    ):
+        assert text in page
+    assert "Dice on validation volumes" in page
+    assert page.count("data:image/png;base64") == 1
+    assert page.count("<svg") >= 3
+    assert "No labelled volume" not in page
+    assert read_image([store.dataset / "imagesTr" / "case5_0000.nii.gz"]).array.shape[1] == 6

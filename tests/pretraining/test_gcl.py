@@ -1,0 +1,200 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from method_checks import ALL, MethodChecks
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from glocal.contrast.regions import local_masks
+from glocal.data.sampling import Pool, Slices
+from glocal.data.split import Split
+from glocal.data.store import Store
+from glocal.errors import GlocalError
+from glocal.pretraining.base import Stage
+from glocal.pretraining.gcl import Global, Local
+from glocal.pretraining.pretrain import pretrain
+
+WIDTHS = {"hidden": 32, "outputs": 16, "batch": 6, "volumes": 3, "local_batch": 4, "blocks": 1}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "G^R": {"strategy": "random", "local": "none"},
+    "G^D-": {"strategy": "D-", "local": "none"},
+    "G^D": {"strategy": "D", "local": "none"},
+    "G^D- without originals": {"strategy": "D-", "local": "none", "originals": False},
+    "G^D without originals": {"strategy": "D", "local": "none", "originals": False, "views": 2},
+    "G^R + L^R": {"strategy": "random", "kernel": 1},
+    "G^D- + L^R": {"strategy": "D-", "negatives": "all", "regions": 9},
+    "G^D + L^R": {"strategy": "D", "frozen_batch_norm": "train"},
+    "G^R + L^D": {"strategy": "random", "local": "D", "projection": False},
+    "G^D- + L^D": {"strategy": "D-", "local": "D", "kernel": 1, "negatives": "all"},
+    "G^D + L^D": {"strategy": "D", "local": "D", "blocks": 2},
+}
+
+
+@pytest.mark.parametrize("options", [{**WIDTHS, **options} for options in OPTIONS.values()], ids=OPTIONS.keys())
+class TestGCL(MethodChecks):
+    method = "gcl"
+
+    def also_changing(self, stage: Stage) -> set[str]:
+        if not (isinstance(stage, Local) and stage.options.frozen_batch_norm == "train"):
+            return set()
+        statistics = ("running_mean", "running_var", "num_batches_tracked")
+        return {name for name in stage.network.state_dict() if name.startswith("encoder") and name.endswith(statistics)}
+
+
+def seen(stage: Any, head: str, step: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Slices, Tensor, Tensor, Tensor]:
+    """One step of a stage: the slices that it drew, what entered the encoder, what left the head, the loss."""
+    drawn: list[Slices] = []
+    entered: list[Tensor] = []
+    left: list[Tensor] = []
+    for name in ("uniform", "partitioned"):
+        draw = getattr(Pool, name)
+        monkeypatch.setattr(Pool, name, lambda *words, draw=draw: drawn.append(draw(*words)) or drawn[-1])
+    stage.network.encoder.register_forward_hook(lambda *call: entered.append(call[1][0]))
+    getattr(stage, head).register_forward_hook(lambda *call: left.append(call[2].detach().double()))
+    loss = stage.losses(step)["loss"]
+    (slices,), (inputs,), (outputs,) = drawn, entered, left
+    return slices, inputs, outputs, loss.detach().double()
+
+
+def directed(similarity: Tensor, positive: int, negatives: list[int]) -> Tensor:
+    """Eq. 1 of Chaitanya et al., of one anchor: `similarity` holds its cosines over the temperature."""
+    return -(similarity[positive].exp() / (similarity[positive].exp() + similarity[negatives].exp().sum())).log()
+
+
+@pytest.mark.parametrize("strategy", ["random", "D-", "D"])
+@pytest.mark.parametrize("originals", [True, False])
+def test_the_global_loss_is_the_paper_s(
+    strategy: str, originals: bool, store: Store, cheap: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    views = 1 if strategy == "D" else 2
+    options = {**cheap, **WIDTHS, "method": "gcl", "strategy": strategy, "originals": originals, "local": "none"}
+    stage = TestGCL().stages(options, store)[0]
+    slices, inputs, embeddings, loss = seen(stage, "g1", 1, monkeypatch)
+
+    untouched = originals and strategy != "random"
+    n = len(slices)
+    assert n == (6 if strategy == "random" else 12)  # three volumes of four partitions
+    assert len(inputs) == len(embeddings) == n * (views + untouched)
+    images = store.images(slices.index)
+    for version, batch in enumerate(inputs.split(n)):
+        assert batch.equal(images) == (untouched and version == 0)
+
+    similarity = nn.functional.normalize(embeddings, dim=1)
+    similarity = similarity @ similarity.T / 0.1
+    image = list(range(n)) * (views + untouched)
+    volume, partition = slices.volume.tolist(), (slices.number * 4 // slices.count).tolist()
+    terms = []
+    for u in range(len(image)):
+        for v in range(len(image)):
+            if u == v:
+                continue
+            a, b = image[u], image[v]
+            if strategy == "random":
+                attracts = a == b
+                negatives = [k for k in range(len(image)) if image[k] != a]
+            else:
+                both_original_or_both_view = (untouched and u < n) == (untouched and v < n)
+                across = volume[a] != volume[b] and partition[a] == partition[b] and both_original_or_both_view
+                attracts = a == b or (strategy == "D" and across)
+                negatives = [k for k in range(len(image)) if partition[image[k]] != partition[a]]
+            if attracts:
+                terms.append(directed(similarity[u], v, negatives))
+    torch.testing.assert_close(loss, torch.stack(terms).mean(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("local", ["random", "D"])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("negatives", ["neighbours", "all"])
+def test_the_local_loss_is_the_paper_s(
+    local: str, kernel: Any, negatives: Any, store: Store, cheap: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**cheap, **WIDTHS, "method": "gcl", "local": local, "kernel": kernel, "negatives": negatives}
+    options |= {"volumes": 2, "local_batch": 2, "augmentation": {"spatial": {"rotation": 90}}}
+    stage: Any = TestGCL().stages(options, store)[1]
+    slices, inputs, maps, loss = seen(stage, "g2", 1, monkeypatch)
+    n = len(slices)
+    # Only the values of a view may change: what is left of this augmentation is nothing.
+    assert inputs.equal(store.images(slices.index).repeat(2, 1, 1, 1))
+
+    side = maps.shape[-1] - (4 if kernel == 3 else 1)
+    lattice = [(row * side // 4, column * side // 4) for row in (0, 2, 4) for column in (0, 2, 4)]
+    quarter = [(row * side // 4, column * side // 4) for row in (1, 3) for column in (1, 3)]
+    between = [(side // 4, side // 2), (side // 2, side // 4), (side // 2, 3 * side // 4), (3 * side // 4, side // 2)]
+    corners = lattice + quarter + (between if (kernel, negatives) == (3, "neighbours") else [])
+    windows = [
+        [m[:, r : r + kernel, c : c + kernel].permute(1, 2, 0).flatten() for r, c in corners] for m in maps.unbind()
+    ]
+    vectors = torch.stack([torch.stack(window) for window in windows])  # maps, regions, values
+    if kernel == 3:
+        vectors = vectors @ stage.projection.weight.detach().double().T
+        assert vectors.shape[-1] == 128
+    vectors = nn.functional.normalize(vectors, dim=-1)
+
+    repelling = local_masks(13, kernel, negatives)[1]
+    volume, partition = slices.volume.tolist(), (slices.number * 4 // slices.count).tolist()
+    terms = []
+    for u in range(2 * n):
+        for v in range(2 * n):
+            a, b = u % n, v % n
+            across = local == "D" and volume[a] != volume[b] and partition[a] == partition[b]
+            if u == v or not (a == b or across):
+                continue
+            both = torch.cat([vectors[u], vectors[v]])
+            for region in range(13):
+                others = repelling[region].nonzero().flatten().tolist()
+                terms.append(directed(vectors[u, region] @ both.T / 0.1, len(corners) + region, others))
+    torch.testing.assert_close(loss, torch.stack(terms).mean(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_the_second_stage_builds_on_the_first(mode: str, store: Store, tmp_path: Path, cheap: dict[str, Any]) -> None:
+    settings = {**cheap, **WIDTHS, "method": "gcl", "max_iterations": 2, "frozen_batch_norm": mode}
+    weights = load_file(pretrain(store, tmp_path, settings, split=Split(0, ALL, (), ())))
+    first = load_file(tmp_path / "stage-1-global" / "model.safetensors")
+    assert {name.partition(".")[0] for name in first} == {"encoder"}
+    assert {".".join(name.split(".")[:2]) for name in weights if name.startswith("decoder")} == {"decoder.0"}
+    statistics = [name for name in first if "running" in name]
+    assert statistics
+    assert all(weights[name].equal(first[name]) == (mode == "eval") for name in statistics)
+    assert all(weights[name].equal(value) for name, value in first.items() if name.endswith(("weight", "bias")))
+    assert weights.keys() == load_file(tmp_path / "stage-2-local" / "model.safetensors").keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "cases", "sentence"),
+    [
+        ({"strategy": "random", "views": 1}, ALL, "nothing attracts it: set views=2"),
+        ({"strategy": "D-", "views": 1, "originals": False}, ALL, "set views=2"),
+        ({"strategy": "D", "originals": False}, ("case1",), "set views=2"),
+        ({"strategy": "D", "originals": False, "volumes": 1}, ALL, "set views=2"),
+        ({"strategy": "D", "partitions": 1}, ALL, "needs two partitions or more"),
+        ({"strategy": "D-", "partitions": 1}, ALL, "needs two partitions or more"),
+        ({"blocks": 3}, ALL, "has 2 decoder blocks, 3 were asked for"),
+        ({"network": {"widths": [4, 8, 8, 8, 8]}}, ALL, "feature map of 4 x 4"),
+        ({"views": 0}, ALL, "pretrain.views=0 does not fit"),
+    ],
+)
+def test_what_cannot_be_learnt_is_refused_before_anything_is_written(
+    options: dict[str, Any], cases: tuple[str, ...], sentence: str, store: Store, tmp_path: Path, cheap: dict[str, Any]
+) -> None:
+    settings = {**cheap, **WIDTHS, "method": "gcl", "max_iterations": 1, **options}
+    with pytest.raises(GlocalError, match=sentence):
+        pretrain(store, tmp_path / "run", settings, split=Split(0, cases, (), ()))
+    assert not (tmp_path / "run").exists()
+
+
+def test_single_slices_have_no_partitions(odd: Store, tmp_path: Path, cheap: dict[str, Any]) -> None:
+    settings = {**cheap, **WIDTHS, "method": "gcl", "max_iterations": 1, "local": "none"}
+    split = Split(0, ("odd1",), (), ())
+    with pytest.raises(GlocalError, match="a volume of two slices or more"):
+        pretrain(odd, tmp_path / "D", settings, split=split)
+    assert pretrain(odd, tmp_path / "random", {**settings, "strategy": "random"}, split=split).exists()
+
+
+def test_without_originals_two_volumes_of_one_view_are_enough(store: Store, cheap: dict[str, Any]) -> None:
+    options = {**cheap, **WIDTHS, "method": "gcl", "strategy": "D", "originals": False, "local": "none"}
+    (stage,) = TestGCL().stages(options, store, ("case0", "case1"))
+    assert isinstance(stage, Global)
+    assert stage.losses(0)["loss"] > 0

@@ -1,0 +1,307 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+import torch
+from numpy.typing import NDArray
+
+from glocal import inference
+from glocal.data.image import Geometry, geometry_of, read_file, read_image, read_labels, write_volume
+from glocal.data.store import Store
+from glocal.errors import GlocalError
+from glocal.evaluation.metrics import dice
+from glocal.inference import list_inputs, predict
+from glocal.model import load_network, save_model
+from glocal.networks.registry import build
+
+Array = NDArray[Any]
+
+
+@pytest.fixture(scope="session")
+def image(store: Store) -> tuple[Array, Geometry]:
+    """The image of the test case `(z, y, x)`."""
+    volume = read_image([store.dataset / "imagesTr" / "case5_0000.nii.gz"])
+    return volume.array[0], volume.geometry
+
+
+@pytest.fixture(scope="session")
+def expected(finetuned: Path) -> Array:
+    """Its mask, as fine-tuning has predicted it."""
+    return read_labels(finetuned / "predictions" / "case5.nii.gz").array[0]
+
+
+def touch(folder: Path, *names: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("ending", "target"),
+    [
+        (".nii.gz", ".nii.gz"),
+        (".nii", ".nii"),
+        (".NII.GZ", ".nii.gz"),
+        (".mha", ".mha"),
+        (".nrrd", ".nrrd"),
+        (".mhd", ".mha"),
+        (".nhdr", ".nrrd"),
+    ],
+)
+def test_masks_have_geometry_and_format_of_the_image(
+    ending: str, target: str, image: tuple[Array, Geometry], expected: Array, finetuned: Path, tmp_path: Path
+) -> None:
+    array, geometry = image
+    turned = Geometry(geometry.size, (1.5, 1.5, 8.0), (3.0, -7.5, 11.0), (0, 1, 0, 1, 0, 0, 0, 0, -1))
+    (tmp_path / "images").mkdir()
+    source = tmp_path / "images" / f"scan{ending}"
+    if ending in (".mhd", ".nhdr", ".NII.GZ"):
+        picture = sitk.GetImageFromArray(array)
+        picture.SetSpacing(turned.spacing)
+        picture.SetOrigin(turned.origin)
+        picture.SetDirection(turned.direction)
+        sitk.WriteImage(picture, str(source).lower() if ending == ".NII.GZ" else str(source))
+        if ending == ".NII.GZ":
+            (tmp_path / "images" / "scan.nii.gz").rename(source)
+    else:
+        write_volume(source, array, turned)
+    (mask_path,) = predict(finetuned, tmp_path / "images", tmp_path / "out", device="cpu")
+    assert mask_path == tmp_path / "out" / f"scan{target}"
+    assert names(tmp_path / "out") == [f"scan{target}"]
+    mask = read_file(mask_path)
+    assert mask.GetPixelIDValue() == sitk.sitkUInt8
+    assert geometry_of(mask) == geometry_of(read_file(source))
+    assert {0, 1, 2} == set(np.unique(sitk.GetArrayFromImage(mask)))
+
+
+def test_what_finetuning_measured_is_what_predict_gives(
+    store: Store, image: tuple[Array, Geometry], expected: Array, finetuned: Path, tmp_path: Path
+) -> None:
+    write_volume(tmp_path / "case5_0000.nii.gz", *image)
+    (path,) = predict(finetuned / "model.safetensors", tmp_path / "case5_0000.nii.gz", tmp_path / "out", device="cpu")
+    assert path.name == "case5.nii.gz"
+    mask = read_labels(path)
+    # The store holds slices in half precision.
+    assert (mask.array[0] != expected).mean() < 2e-3
+    truth = read_labels(store.dataset / "labelsTr" / "case5.nii.gz").array
+    assert min(dice(mask.array == k, truth == k) for k in (1, 2)) > 0.7
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,), (2,), (0, 1, 2), "xyz"])
+def test_the_order_of_voxels_in_the_file_does_not_matter(
+    axes: tuple[int, ...] | str, image: tuple[Array, Geometry], finetuned: Path, tmp_path: Path
+) -> None:
+    """Reversed axes, and axes in another order, with a header that says so: the same anatomy."""
+    array, geometry = image
+    directions, origin = np.eye(3), np.array(geometry.origin)
+    if isinstance(axes, str):  # the file's axes x, y, z are the patient's z, x, y
+        stored, size = array.transpose(1, 2, 0), (6, 32, 32)
+        geometry_ = Geometry(size, (8.0, 1.5, 1.5), geometry.origin, tuple(directions[:, [2, 0, 1]].ravel()))
+    else:
+        stored = np.flip(array, axes)
+        for axis in axes:
+            k = 2 - axis
+            origin[k] += (geometry.size[k] - 1) * geometry.spacing[k]
+            directions[k, k] = -1
+        geometry_ = Geometry(geometry.size, geometry.spacing, tuple(origin), tuple(directions.ravel()))
+    write_volume(tmp_path / "in" / "plain.nii.gz", array, geometry)
+    write_volume(tmp_path / "in" / "turned.nii.gz", np.ascontiguousarray(stored), geometry_)
+    plain, turned = predict(finetuned, tmp_path / "in", tmp_path / "out", device="cpu")
+    mask = read_labels(turned)
+    assert mask.geometry.size == geometry_.size
+    assert np.allclose(mask.geometry.direction, geometry_.direction)
+    back = mask.array[0].transpose(2, 0, 1) if isinstance(axes, str) else np.flip(mask.array[0], axes)
+    first = read_labels(plain).array[0]
+    assert first.any()
+    assert np.array_equal(back, first)
+
+
+def test_probabilities_belong_to_the_mask(image: tuple[Array, Geometry], finetuned: Path, tmp_path: Path) -> None:
+    write_volume(tmp_path / "in" / "a.nrrd", *image)
+    predict(finetuned, tmp_path / "in", tmp_path / "out", probabilities=True, device="cpu")
+    assert names(tmp_path / "out") == ["a.npz", "a.nrrd"]
+    probabilities = np.load(tmp_path / "out" / "a.npz")["probabilities"]
+    assert probabilities.shape == (3, *image[0].shape)
+    assert probabilities.dtype == np.float16
+    assert np.abs(probabilities.astype(np.float64).sum(0) - 1).max() < 2e-3
+    mask = read_labels(tmp_path / "out" / "a.nrrd").array[0]
+    clear = np.ptp(np.sort(probabilities, axis=0)[-2:], axis=0) > 0.01
+    assert clear.mean() > 0.9
+    assert np.array_equal(probabilities.argmax(0)[clear], mask[clear])
+
+
+def test_files_are_grouped_into_cases(tmp_path: Path) -> None:
+    folder = touch(
+        tmp_path / "two", "b_0000.nii.gz", "b_0001.nii.gz", "a_0001.mha", "a_0000.mha", "notes.txt", "._a.nii"
+    )
+    (folder / "masks").mkdir()
+    inputs = list_inputs(folder, 2)
+    assert [(case.name, [file.name for file in case.files], case.target) for case in inputs] == [
+        ("a", ["a_0000.mha", "a_0001.mha"], "a.mha"),
+        ("b", ["b_0000.nii.gz", "b_0001.nii.gz"], "b.nii.gz"),
+    ]
+    folder = touch(tmp_path / "one", "a_0000.nii.gz", "b.nii", "scan_0001.mha", "scan_0002.mha", "p_12.nrrd")
+    assert [case.target for case in list_inputs(folder, 1)] == [
+        "a.nii.gz",
+        "b.nii",
+        "p_12.nrrd",
+        "scan_0001.mha",
+        "scan_0002.mha",
+    ]
+    assert [case.target for case in list_inputs(folder / "scan_0002.mha", 1)] == ["scan_0002.mha"]
+
+
+@pytest.mark.parametrize(
+    ("files", "channels", "sentence"),
+    [
+        (["a_0000.nii.gz"], 2, r"needs 2 channel\(s\) of a \(a_0000, a_0001\), found 1"),
+        (["a_0000.nii.gz", "a_0002.nii.gz"], 2, r"needs 2 channel\(s\) of a"),
+        (["a_0000.nii.gz", "a_0001.nii.gz"], 1, r"needs 1 channel\(s\) of a \(a_0000\), found 2"),
+        (["a.nii.gz", "a.mha"], 1, "would write one mask: rename one"),
+        (["a.nii.gz", "a_0000.nii.gz"], 1, "would write one mask"),
+        ([], 1, "holds no image"),
+        (["a.png"], 1, "."),
+    ],
+)
+def test_folders_that_make_no_sense_are_refused(
+    tmp_path: Path, finetuned: Path, files: list[str], channels: int, sentence: str
+) -> None:
+    folder = touch(tmp_path / "images", *files)
+    with pytest.raises(GlocalError, match=sentence):
+        list_inputs(folder, channels)
+    if channels == 1:
+        with pytest.raises(GlocalError, match=sentence):
+            predict(finetuned, folder, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_two_channels_reach_the_network_in_order(store: Store, finetuned: Path, tmp_path: Path) -> None:
+    header = load_network(finetuned / "model.safetensors")[1]
+    plan = store.plan.model_copy(update={"channels": 2})
+    torch.manual_seed(1)
+    network = build(header.network, 2, 3)
+    save_model(
+        tmp_path / "m.safetensors", network.state_dict(), header.model_copy(update={"channels": 2, "plan": plan})
+    )
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=(2, 4, 32, 32)).astype(np.float32).cumsum(2)
+    geometry = Geometry((32, 32, 4), (1.5, 1.5, 8.0))
+    for name, pair in (("a", (first, second)), ("b", (second, first)), ("c", (first, second))):
+        for channel, array in enumerate(pair):
+            write_volume(tmp_path / "in" / f"{name}_{channel:04d}.nii.gz", array, geometry)
+    masks = [read_labels(path).array for path in predict(tmp_path / "m.safetensors", tmp_path / "in", tmp_path / "out")]
+    assert np.array_equal(masks[0], masks[2])
+    assert not np.array_equal(masks[0], masks[1])
+
+
+def dicom(folder: Path, array: Array, geometry: Geometry, uid: str = "1.2.3") -> None:
+    folder.mkdir(parents=True)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for number, slice_ in enumerate(array.astype(np.int16)):
+        picture = sitk.GetImageFromArray(slice_[None])
+        picture.SetSpacing(geometry.spacing)
+        x, y, z = geometry.origin
+        place = f"{x}\\{y}\\{z + number * geometry.spacing[2]}"
+        tags = {"0008|0018": f"{uid}.9.{number}", "0020|000d": f"{uid}.1", "0020|000e": uid}
+        tags |= {"0020|0032": place, "0020|0037": "1\\0\\0\\0\\1\\0", "0010|0020": "4711"}
+        for tag, value in tags.items():
+            picture.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{9 - number}.dcm"))
+        writer.Execute(picture)
+
+
+def test_dicom_series_get_nifti_masks(
+    image: tuple[Array, Geometry], expected: Array, finetuned: Path, tmp_path: Path
+) -> None:
+    dicom(tmp_path / "in" / "first", *image)
+    dicom(tmp_path / "in" / "second", *image, uid="1.2.4")
+    (tmp_path / "in" / "no images").mkdir()
+    masks = predict(finetuned, tmp_path / "in", tmp_path / "in" / "masks", device="cpu")
+    assert names(tmp_path / "in" / "masks") == ["first.nii.gz", "second.nii.gz"]
+    mask = read_labels(masks[0])
+    assert np.allclose(mask.geometry.origin, image[1].origin, atol=1e-4)
+    assert np.allclose(mask.geometry.spacing, image[1].spacing, atol=1e-4)
+    assert (mask.array[0] != expected).mean() < 0.01  # whole numbers
+    # The folder of one series is a case, too; and what lies in the folder of masks is no input.
+    (alone,) = predict(finetuned, tmp_path / "in" / "first", tmp_path / "alone", device="cpu")
+    assert alone.name == "first.nii.gz"
+    assert alone.read_bytes() == masks[0].read_bytes()
+    assert predict(finetuned, tmp_path / "in", tmp_path / "in" / "masks", device="cpu") == masks
+
+
+def test_the_folder_of_the_images_is_not_written_to(
+    image: tuple[Array, Geometry], finetuned: Path, tmp_path: Path
+) -> None:
+    write_volume(tmp_path / "in" / "a.nii.gz", *image)
+    for images in (tmp_path / "in", tmp_path / "in" / "a.nii.gz", tmp_path / "out" / ".." / "in"):
+        with pytest.raises(GlocalError, match="holds the images themselves: choose another folder"):
+            predict(finetuned, images, tmp_path / "in")
+    with pytest.raises(GlocalError, match="does not exist"):
+        predict(finetuned, tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(GlocalError, match="device=foo"):
+        predict(finetuned, tmp_path / "in", tmp_path / "out", device="foo")
+    assert names(tmp_path / "in") == ["a.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        ("cut", "cannot be read"),
+        ("text", "cannot be read"),
+        ("flat", "the same value everywhere"),
+        ("nan", "NaN or infinite"),
+        ("4-D", "not one three-dimensional volume"),
+    ],
+)
+def test_a_bad_image_is_named_and_the_masks_before_it_stay(
+    image: tuple[Array, Geometry], finetuned: Path, tmp_path: Path, damage: str, sentence: str
+) -> None:
+    array, geometry = image
+    for name in "abc":
+        write_volume(tmp_path / "in" / f"{name}.nii.gz", array, geometry)
+    bad = tmp_path / "in" / "b.nii.gz"
+    if damage == "cut":
+        bad.write_bytes(bad.read_bytes()[:3000])
+    elif damage == "text":
+        bad.write_text("no image")
+    elif damage == "4-D":
+        sitk.WriteImage(sitk.GetImageFromArray(np.stack([array, array])), str(bad))
+    else:
+        write_volume(bad, np.where(array > 500, np.nan, array) if damage == "nan" else 0 * array, geometry)
+    with pytest.raises(GlocalError, match=sentence) as raised:
+        predict(finetuned, tmp_path / "in", tmp_path / "out", device="cpu")
+    assert "b.nii.gz" in str(raised.value)
+    assert names(tmp_path / "out") == ["a.nii.gz"]
+    write_volume(bad, array, geometry)
+    before = (tmp_path / "out" / "a.nii.gz").stat().st_mtime_ns
+    assert len(predict(finetuned, tmp_path / "in", tmp_path / "out", device="cpu")) == 3
+    assert names(tmp_path / "out") == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
+    assert (tmp_path / "out" / "a.nii.gz").stat().st_mtime_ns == before
+
+
+def test_masks_that_exist_are_kept_unless_asked(
+    image: tuple[Array, Geometry], finetuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_volume(tmp_path / "in" / "a.nii.gz", *image)
+    write_volume(tmp_path / "in" / "b.nii.gz", *image)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.nii.gz").write_bytes(b"mine")
+    seen = []
+    work = inference._predict_case
+    monkeypatch.setattr(inference, "_predict_case", lambda *words: seen.append(words[2].name) or work(*words))
+    predict(finetuned, tmp_path / "in", tmp_path / "out", device="cpu")
+    assert seen == ["b"]
+    assert (tmp_path / "out" / "a.nii.gz").read_bytes() == b"mine"
+    predict(finetuned, tmp_path / "in", tmp_path / "out", probabilities=True, device="cpu")
+    assert seen == ["b", "a", "b"]  # their probabilities were not there
+    predict(finetuned, tmp_path / "in", tmp_path / "out", device="cpu", overwrite=True)
+    assert seen == ["b", "a", "b", "a", "b"]
+    assert read_labels(tmp_path / "out" / "a.nii.gz").array.any()

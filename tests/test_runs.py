@@ -1,0 +1,110 @@
+"""A run folder knows the settings it was begun with, continues with these and no others, and says when it is done."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glocal import __version__, runs
+from glocal.errors import GlocalError
+
+SETTINGS: dict[str, Any] = {
+    "seed": 0,
+    "device": "auto",
+    "log": ["tensorboard"],
+    "network": {"widths": (8, 16)},
+    "learning_rate": 1e-5,
+}
+
+
+def test_a_run_continues_with_the_settings_it_was_begun_with(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "run"
+    runs.begin(folder, "finetune", SETTINGS)
+    before = (folder / "recipe.yaml").read_bytes()
+    runs.begin(folder, "finetune", SETTINGS)
+    assert (folder / "recipe.yaml").read_bytes() == before
+    assert runs.settings_of(folder) == {**SETTINGS, "kind": "finetune", "network": {"widths": [8, 16]}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": 1}, "seed=0, now it is 1"),
+        ({"network": {"widths": [8, 32]}}, r"network\.widths=\[8, 16\], now it is \[8, 32\]"),
+        ({"network": {"widths": [8, 16], "name": "unet"}}, r"network\.name=None, now it is unet"),
+        ({"learning_rate": 1e-4}, "learning_rate=1e-05, now it is 0.0001"),
+    ],
+)
+def test_other_settings_are_refused_by_the_key_that_differs(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    runs.begin(tmp_path, "finetune", SETTINGS)
+    with pytest.raises(GlocalError, match=rf"was begun with {words}: choose another run folder"):
+        runs.begin(tmp_path, "finetune", {**SETTINGS, **changes})
+    assert runs.settings_of(tmp_path)["seed"] == 0
+
+
+def test_a_setting_that_is_gone_and_another_kind_of_run_are_refused(tmp_path: Path) -> None:
+    runs.begin(tmp_path, "finetune", SETTINGS)
+    with pytest.raises(GlocalError, match="kind=finetune, now it is pretrain"):
+        runs.begin(tmp_path, "pretrain", SETTINGS)
+    with pytest.raises(GlocalError, match="seed=0, now it is None"):
+        runs.begin(tmp_path, "finetune", {key: value for key, value in SETTINGS.items() if key != "seed"})
+
+
+def test_a_run_may_continue_on_another_device_and_with_other_logs(tmp_path: Path) -> None:
+    runs.begin(tmp_path, "run", {**SETTINGS, "pretrain": {"pcl": {"device": "cuda:1", "batch": 3}}})
+    now = {**SETTINGS, "device": "cpu", "log": [], "pretrain": {"pcl": {"device": "cpu", "batch": 3}}}
+    runs.begin(tmp_path, "run", now)
+    assert runs.settings_of(tmp_path)["device"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("thesis.txt", b"chapter 1"),
+        ("recipe.yaml", b"flour: 500 g"),
+        ("recipe.yaml", b"- flour"),
+        ("recipe.yaml", b"a: [1"),
+        ("recipe.yaml", b"\xff\xfe"),
+    ],
+)
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(GlocalError, match=r"holds no run.*: .*choose another folder\.$"):
+        runs.begin(tmp_path, "run", SETTINGS)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [content]
+
+
+def test_an_empty_folder_is_taken_and_a_file_is_not(tmp_path: Path) -> None:
+    runs.begin(tmp_path / "a", "run", SETTINGS)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(GlocalError, match="file is a file: choose a folder"):
+        runs.begin(tmp_path / "file", "run", SETTINGS)
+    with pytest.raises(GlocalError, match="Cannot write"):
+        runs.begin(tmp_path / "file" / "run", "run", SETTINGS)
+
+
+def test_a_run_is_finished_when_its_manifest_says_so(tmp_path: Path) -> None:
+    runs.begin(tmp_path, "run", SETTINGS)
+    assert not runs.finished(tmp_path)
+    with pytest.raises(GlocalError, match="is not finished: start its command again"):
+        runs.manifest_of(tmp_path)
+    runs.finish(tmp_path, time.time() - 60, kind="run", warnings=["look"])
+    manifest = runs.manifest_of(tmp_path)
+    assert runs.finished(tmp_path)
+    assert (manifest["kind"], manifest["warnings"], manifest["glocal"]) == ("run", ["look"], __version__)
+    assert 60 <= manifest["seconds"] < 100
+    assert manifest["peak_memory_mib"] > 10
+    assert {"torch", "monai", "simpleitk"} <= manifest["packages"].keys()
+
+
+def test_no_run_is_said(tmp_path: Path) -> None:
+    with pytest.raises(GlocalError, match="holds no run of glocal"):
+        runs.settings_of(tmp_path / "absent")
+
+
+def test_nested_settings_become_one_level() -> None:
+    nested = {"a": {"b": {"c": 1}, "d": [2, {"e": 3}]}, "f": {}, "g": None}
+    assert runs.flatten(nested) == {"a.b.c": 1, "a.d": [2, {"e": 3}], "g": None}
