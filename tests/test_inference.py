@@ -3,7 +3,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813
+import SimpleITK as sitk
 import torch
 from numpy.typing import NDArray
 
@@ -167,7 +167,7 @@ def test_files_are_grouped_into_cases(tmp_path: Path) -> None:
         (["a.nii.gz", "a.mha"], 1, "would write one mask: rename one"),
         (["a.nii.gz", "a_0000.nii.gz"], 1, "would write one mask"),
         ([], 1, "holds no image"),
-        (["a.png"], 1, "."),
+        (["a.png"], 1, "holds no image"),
     ],
 )
 def test_folders_that_make_no_sense_are_refused(
@@ -210,7 +210,8 @@ def dicom(folder: Path, array: Array, geometry: Geometry, uid: str = "1.2.3") ->
         picture.SetSpacing(geometry.spacing)
         x, y, z = geometry.origin
         place = f"{x}\\{y}\\{z + number * geometry.spacing[2]}"
-        tags = {"0008|0018": f"{uid}.9.{number}", "0020|000d": f"{uid}.1", "0020|000e": uid}
+        tags = {"0008|0016": "1.2.840.10008.5.1.4.1.1.4", "0008|0018": f"{uid}.9.{number}"}  # MR image storage
+        tags |= {"0020|000d": f"{uid}.1", "0020|000e": uid}
         tags |= {"0020|0032": place, "0020|0037": "1\\0\\0\\0\\1\\0", "0010|0020": "4711"}
         for tag, value in tags.items():
             picture.SetMetaData(tag, value)
@@ -241,7 +242,7 @@ def test_the_folder_of_the_images_is_not_written_to(
     image: tuple[Array, Geometry], finetuned: Path, tmp_path: Path
 ) -> None:
     write_volume(tmp_path / "in" / "a.nii.gz", *image)
-    for images in (tmp_path / "in", tmp_path / "in" / "a.nii.gz", tmp_path / "out" / ".." / "in"):
+    for images in (tmp_path / "in", tmp_path / "in" / "a.nii.gz", tmp_path / "in" / ".." / "in"):
         with pytest.raises(GlocalError, match="holds the images themselves: choose another folder"):
             predict(finetuned, images, tmp_path / "in")
     with pytest.raises(GlocalError, match="does not exist"):
@@ -265,9 +266,10 @@ def test_a_bad_image_is_named_and_the_masks_before_it_stay(
     image: tuple[Array, Geometry], finetuned: Path, tmp_path: Path, damage: str, sentence: str
 ) -> None:
     array, geometry = image
+    ending = ".mha" if damage == "nan" else ".nii.gz"  # ITK reads NaN in a NIfTI file as 0
     for name in "abc":
-        write_volume(tmp_path / "in" / f"{name}.nii.gz", array, geometry)
-    bad = tmp_path / "in" / "b.nii.gz"
+        write_volume(tmp_path / "in" / f"{name}{ending}", array, geometry)
+    bad = tmp_path / "in" / f"b{ending}"
     if damage == "cut":
         bad.write_bytes(bad.read_bytes()[:3000])
     elif damage == "text":
@@ -278,13 +280,13 @@ def test_a_bad_image_is_named_and_the_masks_before_it_stay(
         write_volume(bad, np.where(array > 500, np.nan, array) if damage == "nan" else 0 * array, geometry)
     with pytest.raises(GlocalError, match=sentence) as raised:
         predict(finetuned, tmp_path / "in", tmp_path / "out", device="cpu")
-    assert "b.nii.gz" in str(raised.value)
-    assert names(tmp_path / "out") == ["a.nii.gz"]
+    assert bad.name in str(raised.value)
+    assert names(tmp_path / "out") == [f"a{ending}"]
     write_volume(bad, array, geometry)
-    before = (tmp_path / "out" / "a.nii.gz").stat().st_mtime_ns
+    before = (tmp_path / "out" / f"a{ending}").stat().st_mtime_ns
     assert len(predict(finetuned, tmp_path / "in", tmp_path / "out", device="cpu")) == 3
-    assert names(tmp_path / "out") == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
-    assert (tmp_path / "out" / "a.nii.gz").stat().st_mtime_ns == before
+    assert names(tmp_path / "out") == [f"{name}{ending}" for name in "abc"]
+    assert (tmp_path / "out" / f"a{ending}").stat().st_mtime_ns == before
 
 
 def test_masks_that_exist_are_kept_unless_asked(

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from glocal.experiments.demo import demo
     from glocal.experiments.methods import methods
     from glocal.experiments.recipe import recipe_names as recipes
+    from glocal.experiments.report import report
     from glocal.experiments.run import run
     from glocal.finetuning.finetune import finetune
     from glocal.inference import predict
     from glocal.pretraining.pretrain import pretrain
-    from glocal.reporting.report import report
 
 __version__ = "0.1.0"
 __all__ = [
@@ -51,7 +51,7 @@ _WHERE = {
     "preprocess": "glocal.data.preprocess:preprocess",
     "pretrain": "glocal.pretraining.pretrain:pretrain",
     "recipes": "glocal.experiments.recipe:recipe_names",
-    "report": "glocal.reporting.report:report",
+    "report": "glocal.experiments.report:report",
     "run": "glocal.experiments.run:run",
 }
 

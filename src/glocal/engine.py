@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from glocal.errors import GlocalError
 from glocal.files import replacing, write_text
-from glocal.progress import progress
+from glocal.progress import console, progress
 from glocal.randomness import seed_of
 
 CHECKPOINT_SECONDS = 30.0
@@ -38,8 +38,9 @@ class TrainingOptions(BaseModel):
     seed: int = Field(0, description="every random choice follows from it")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto takes bfloat16 where the processor has units for it"
+        "auto", description="auto takes bfloat16 where the processor has units for it; a begun training keeps its own"
     )
+    threads: int = Field(0, ge=0, description="0 takes what there is; a begun training keeps its own")
     max_iterations: int = Field(1000, ge=1, description="optimiser steps (of each stage)")
     optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="SGD has momentum 0.9")
     learning_rate: float = Field(1e-3, gt=0)
@@ -79,15 +80,20 @@ def device_named(name: str) -> torch.device:
 
 
 def fabric_for(device: torch.device, precision: str, loggers: list[Logger] | None = None) -> Fabric:
-    """Device and precision, as Lightning Fabric wants them; precision `auto` asks the device."""
-    if precision == "auto":
-        precision = "bfloat16" if _has_bfloat16_units(device) else "float32"
+    """Device and precision, as Lightning Fabric wants them."""
     return Fabric(
         accelerator=device.type,
         devices=1 if device.type == "cpu" else [device.index or 0],
-        precision="bf16-mixed" if precision == "bfloat16" else "32-true",
+        precision="bf16-mixed" if precision_of(device, precision) == "bfloat16" else "32-true",
         loggers=loggers or [],
     )
+
+
+def precision_of(device: torch.device, precision: str) -> str:
+    """`precision`, where `auto` takes bfloat16 if the device has units for it."""
+    if precision == "auto":
+        return "bfloat16" if _has_bfloat16_units(device) else "float32"
+    return precision
 
 
 def _has_bfloat16_units(device: torch.device) -> bool:
@@ -122,7 +128,8 @@ def train(
     fabric = fabric_for(
         device_named(options.device), state.get("precision", options.precision), _loggers(options, folder)
     )
-    torch.set_num_threads(state.get("threads", torch.get_num_threads()))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(state.get("threads", options.threads or threads))
     _keep_freed_memory()
     learner = learner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from its stubs
     optimizer = _optimizer(learner, options)
@@ -131,6 +138,12 @@ def train(
         _restore(checkpoint, learner, optimizer)
     log = _Log(folder / "metrics.jsonl", first=state.get("step", 0))
     warnings: list[str] = state.get("warnings", [])
+    facts = {
+        "precision": precision_of(fabric.device, state.get("precision", options.precision)),
+        "threads": torch.get_num_threads(),
+    }
+    if not state:  # from here on, whatever machine continues
+        _save(checkpoint, learner, optimizer, {"step": 0, "warnings": [], **facts})
     saved = time.monotonic()
 
     with progress() as bar:
@@ -162,24 +175,22 @@ def train(
                 log.write(done, figures)
                 fabric.log_dict(figures, step=done)
             if done % 50 == 0 or last:
-                warnings += [w for w in _warning_of(learner) if w not in warnings]
+                new = [warning for warning in _warning_of(learner) if warning not in warnings]
+                warnings += new
+                for warning in new:
+                    console.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
             if last or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 log.flush()
-                facts = {
-                    "step": done,
-                    "precision": "bfloat16" if "bf16" in str(fabric._precision.precision) else "float32",
-                    "threads": torch.get_num_threads(),
-                    "warnings": warnings,
-                }
-                _save(checkpoint, learner, optimizer, facts)
+                _save(checkpoint, learner, optimizer, {"step": done, "warnings": warnings, **facts})
                 saved = time.monotonic()
     for logger in fabric.loggers:
         logger.finalize("success")
+    torch.set_num_threads(threads)
     return warnings
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc reuse the large blocks of one step in the next: handing them back and faulting them in costs a tenth."""
+    """Let glibc reuse the large blocks of one step in the next, instead of handing them back and faulting them in."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):

@@ -42,7 +42,7 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
     finally:
         with suppress(OSError):  # absent after success; where its folder cannot be, neither can it
-            pass
+            temporary.unlink()
 
 
 def explained(error: Exception, path: Path | None = None) -> str | None:

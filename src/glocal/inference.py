@@ -1,6 +1,5 @@
 """From a volume to its mask: slices through the network, probabilities back to native geometry, argmax there."""
 
-import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,9 @@ from glocal.data.image import FILE_ENDINGS, dicom_series, file_ending, is_volume
 from glocal.data.orientation import Undo
 from glocal.data.plan import Plan
 from glocal.data.prepare import prepare, restore
-from glocal.engine import device_named, fabric_for
+from glocal.engine import device_named
 from glocal.errors import GlocalError
-from glocal.files import replacing
+from glocal.files import digest, read_json, replacing, write_json
 from glocal.model import find_model, load_network
 from glocal.progress import track
 
@@ -36,8 +35,7 @@ def slice_probabilities(network: nn.Module, images: Tensor, device: torch.device
         `(n, K, H, W)` float32 on the CPU.
     """
     network.eval()
-    precision = fabric_for(device, "auto").autocast() if device.type == "cuda" else contextlib.nullcontext()
-    with torch.inference_mode(), precision:
+    with torch.inference_mode():  # in float32 on every device, so that masks do not depend on it
         parts = [network(part.to(device)).float().softmax(1).cpu() for part in torch.split(images, SLICES_AT_ONCE)]
     return torch.cat(parts)
 
@@ -77,7 +75,7 @@ def list_inputs(images: Path, channels: int) -> list[Input]:
             if channel in cases.setdefault(name, {}):
                 raise GlocalError(f"{path} and {cases[name][channel].name} would write one mask: rename one of them.")
             cases[name][channel] = path
-    if not cases and images.is_dir() and any(path.is_file() for path in files):
+    if not cases and images.is_dir() and dicom_series(images):
         cases = {images.resolve().name: {0: images}}  # the folder may be one DICOM series itself
     if not cases:
         raise GlocalError(f"{images} holds no image (files ending in {', '.join(FILE_ENDINGS)}, or DICOM folders).")
@@ -122,6 +120,7 @@ def predict(
     where = device_named(device)
     network = network.to(where)
     inputs = list_inputs(images, header.channels)
+    _refuse_other_masks(out, find_model(model), inputs, overwrite)
     masks = []
     for case in track(inputs, "Predicting", len(inputs)):
         target = out / case.target
@@ -129,6 +128,18 @@ def predict(
             _predict_case(network, header.plan, case, target, probabilities, where)
         masks.append(target)
     return masks
+
+
+def _refuse_other_masks(out: Path, model: Path, inputs: list[Input], overwrite: bool) -> None:
+    """Masks that exist are kept only if this very model made them: `predictions.json` names it."""
+    record, made_by = out / "predictions.json", {"model": str(model.resolve()), "digest": digest(model)}
+    begun = read_json(record) if record.exists() else {}
+    if not overwrite and begun.get("digest") != made_by["digest"] and any((out / i.target).exists() for i in inputs):
+        raise GlocalError(
+            f"{out} holds masks of these images by {begun.get('model', 'something else')}: choose another folder, or "
+            "replace them with --overwrite."
+        )
+    write_json(record, made_by)
 
 
 def _predict_case(

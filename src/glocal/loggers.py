@@ -8,6 +8,7 @@ from lightning_fabric.loggers.logger import Logger
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
 from glocal.errors import GlocalError
+from glocal.files import write_text
 
 
 def make_logger(name: str, folder: Path) -> Logger:
@@ -28,7 +29,7 @@ class MLflowLogger(Logger):
         try:
             import mlflow
         except ImportError as error:
-            raise GlocalError('log=mlflow needs MLflow: pip install "glocal[mlflow]".') from error
+            raise GlocalError("log=[mlflow] needs MLflow: pip install mlflow-skinny.") from error
         experiment = mlflow.set_experiment("glocal")
         self._client = mlflow.MlflowClient()
         # A run that continues writes into its first MLflow run.
@@ -38,8 +39,7 @@ class MLflowLogger(Logger):
         else:
             run = self._client.create_run(experiment.experiment_id, run_name="/".join(folder.parts[-3:]))
             self._run = run.info.run_id
-            folder.mkdir(parents=True, exist_ok=True)
-            known.write_text(self._run, encoding="utf-8")
+            write_text(known, self._run)
 
     @property
     def name(self) -> str:

@@ -244,6 +244,8 @@ def test_a_held_out_subject_that_training_sees_is_refused_by_name() -> None:
 
 def test_images_of_test_subjects_may_be_seen_where_the_recipe_says_so() -> None:
     refuse_leakage(MEMBERS, SPLIT, {"s01"}, "would be pre-trained on", transductive=True)
+    with pytest.raises(GlocalError, match="Subject s00"):  # development subjects are no test subjects
+        refuse_leakage(MEMBERS, SPLIT, {"s00", "s01"}, "would be pre-trained on", transductive=True)
 
 
 def test_another_case_of_a_held_out_subject_is_leakage_too() -> None:

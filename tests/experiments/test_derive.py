@@ -205,3 +205,14 @@ def test_a_label_map_of_another_size_is_said(tmp_path: Path, write: Write) -> No
     write("a", (4, 48, 40), (1.0, 1.0, 8.0), np.ones((4, 48, 39), np.uint8), channel="CT")
     with pytest.raises(GlocalError, match="differ in size: run `glocal check`"):
         preprocess(tmp_path)
+
+
+def test_nothing_is_fitted_to_the_labels_of_test_cases(tmp_path: Path, write: Write) -> None:
+    labels = np.zeros((3, 80, 80), np.uint8)
+    labels[1, 5:9, 40] = 1
+    for case in "ab":
+        write(case, (3, 32, 32), (1.0, 1.0, 8.0))
+    write("c", (3, 80, 80), (1.0, 1.0, 8.0), labels)
+    assert preprocess(tmp_path)["field"] == [80, 32]
+    (tmp_path / "split.json").write_text('{"pretrain": ["a", "b"], "test": ["c"]}')
+    assert preprocess(tmp_path)["field"] == [32, 32]

@@ -69,6 +69,12 @@ def test_random_is_compared_first_and_each_contender_once() -> None:
     assert changed(pretrain={}).contenders() == ("random",)
 
 
+def test_random_is_left_out_where_nothing_can_be_compared_unless_it_is_asked_for() -> None:
+    assert changed().contenders(measured=False) == ("pcl", "gcl")
+    assert changed(compare=["random", "pcl"]).contenders(measured=False) == ("random", "pcl")
+    assert changed(pretrain={}).contenders(measured=False) == ("random",)
+
+
 def test_the_stages_that_can_be_compared_are_those_of_the_method() -> None:
     options = pretraining_options(SETTINGS["pretrain"]["gcl"])
     for stage, _ in method_named("gcl").stages(options):

@@ -33,7 +33,7 @@ def write_run(out: Path, **protocol: Any) -> Path:
 def write_training(
     out: Path, contender: str, draw: int, dice: Dice, split: int = 0, labels: int = 2, best: Dice | None = None
 ) -> None:
-    """A finished fine-tuning with the Dice of every case, class by class."""
+    """A finished fine-tuning with the Dice of every case, class by class; the subject is the case's first letter."""
     folder = out / "finetune" / f"split-{split}" / contender / f"labels-{labels}-draw-{draw}"
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"kind": "finetune", "split": split}))
@@ -41,7 +41,7 @@ def write_training(
     chosen = {"index": draw, "train": [f"t{k}" for k in range(labels)], "validation": validation}
     write_json(folder / "split.json", {"draw": chosen})
     rows = [
-        {"checkpoint": checkpoint, "case": case, "class": f"class {k}", "dice": value, "hd95": 1.0}
+        {"checkpoint": checkpoint, "case": case, "subject": case[0], "class": f"class {k}", "dice": value, "hd95": 1.0}
         for checkpoint, table in (("last", dice), ("best", best or {}))
         for case, values in table.items()
         for k, value in enumerate(values)
@@ -68,6 +68,12 @@ def test_a_score_is_the_mean_over_classes_of_each_case_and_then_over_cases(tmp_p
         {"split": 0, "contender": "random", "labels": 2, "draw": 0, "checkpoint": "last", "validation": 0}
     ]
     assert table["dice"].tolist() == [0.75]
+
+
+def test_every_subject_counts_the_same_whatever_its_number_of_cases(tmp_path: Path) -> None:
+    out = write_run(tmp_path / "run")
+    write_training(out, "random", 0, {"a1": [0.0], "a2": [0.2], "b": [0.7]})
+    assert scores(collect_results(out))["dice"].tolist() == pytest.approx([0.4])  # the mean over cases is 0.3
 
 
 def test_every_row_is_kept_with_where_it_comes_from(run: Path) -> None:

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+SHOWN = 10
+
 
 def preprocess(
     dataset: Annotated[Path, typer.Argument(help="A raw dataset (see `glocal collect`, `glocal check`).")],
@@ -23,6 +25,8 @@ def preprocess(
 
     done = preprocess_with(dataset, store, recipe, words or [], workers)
     typer.echo(yaml.safe_dump({"preprocess": done.plan.options.model_dump(mode="json")}, sort_keys=False).rstrip())
-    for warning in done.plan.warnings:
+    for warning in done.warnings[:SHOWN]:
         typer.secho(f"Warning: {warning}", fg=typer.colors.YELLOW, err=True)
+    if len(done.warnings) > SHOWN:
+        typer.secho(f"... and {len(done.warnings) - SHOWN} more (see the report of a run)", err=True)
     typer.echo(f"{len(done.volumes)} volumes in {store}. Next: glocal pretrain {store} RUN --method pcl")

@@ -8,6 +8,6 @@ import typer
 
 def report(run: Annotated[Path, typer.Argument(help="A finished run: of `run`, `pretrain` or `finetune`.")]) -> None:
     """Write report.html: curves, tables, pictures and settings of a run in one file."""
-    from glocal.reporting.report import report as write
+    from glocal.experiments.report import report as write
 
     typer.echo(f"Report: {write(run)}")

@@ -12,13 +12,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from glocal.data.image import FILE_ENDINGS
 from glocal.errors import GlocalError
 from glocal.files import read_json, write_json
 
 SPLITS = ("pretrain", "development", "test")
+
+
+class Listed(NamedTuple):
+    """A case as its dataset lists it, before anything was read."""
+
+    case: str
+    subject: str
+    labelled: bool
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,11 @@ class Dataset:
     def labelled(self) -> tuple[Case, ...]:
         """The cases that have a label map."""
         return tuple(case for case in self.cases if case.label is not None)
+
+    @property
+    def members(self) -> tuple[Listed, ...]:
+        """The cases as a split sees them."""
+        return tuple(Listed(case.name, case.subject, case.label is not None) for case in self.cases)
 
     @property
     def foreground(self) -> dict[str, int]:

@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from glocal.errors import GlocalError
 from glocal.files import replacing
 
+_SHIFT_IN_VOXELS = 0.1  # how far two grids may lie apart: above the rounding of headers, below what a result can feel
 FILE_ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
 _CODES = ("qform_code", "sform_code")
 
@@ -173,20 +175,46 @@ def read_image(paths: Sequence[Path]) -> Volume:
     """Read a case's image, one file per channel, as a `Volume` of float32 `(C, z, y, x)`.
 
     Raises:
-        GlocalError: unreadable file, not three-dimensional, or channels of different size.
+        GlocalError: unreadable file, not three-dimensional, or channels that do not lie voxel on voxel.
     """
     channels: list[NDArray[np.float32]] = []
     geometry: Geometry | None = None
     for path in paths:
         image = _read_scalar(path)
         found = geometry_of(image)
-        if geometry is not None and found.size != geometry.size:
-            raise GlocalError(f"{path} has size {found.size}, the first channel of its case {geometry.size}.")
+        if geometry is not None:
+            require_same_grid(found, geometry, path, paths[0])
         geometry = geometry or found
         channels.append(sitk.GetArrayFromImage(image).astype(np.float32))
     if geometry is None:
         raise GlocalError("A case needs at least one image file.")
     return Volume(np.stack(channels), geometry)
+
+
+def require_same_grid(found: Geometry, wanted: Geometry, path: Path, reference: Path) -> None:
+    """Refuse a volume that does not lie voxel on voxel with its reference, within a tenth of a voxel.
+
+    Raises:
+        GlocalError: another size, or another place in the patient.
+    """
+    if found.size != wanted.size:
+        raise GlocalError(
+            f"{path} has size {found.size} (x, y, z) and {reference} {wanted.size}: they must lie voxel on voxel, so "
+            "write one in the geometry of the other."
+        )
+    apart = float(np.linalg.norm(_corners(found) - _corners(wanted), axis=1).max())
+    if apart > _SHIFT_IN_VOXELS * min(wanted.spacing):
+        raise GlocalError(
+            f"{path} lies up to {apart:.3g} mm away from {reference} (other spacing, origin or direction in the "
+            "header): write one with the header of the other."
+        )
+
+
+def _corners(geometry: Geometry) -> NDArray[np.float64]:
+    """Where the centres of the eight corner voxels lie in the patient, `(8, 3)` in mm."""
+    index = np.array(list(product(*((0, length - 1) for length in geometry.size))))
+    steps = geometry.axes * geometry.spacing
+    return np.asarray(index @ steps.T + geometry.origin, dtype=np.float64)
 
 
 def read_labels(path: Path) -> Volume:

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import multiprocessing
-import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -20,13 +18,14 @@ from numpy.typing import NDArray
 
 from glocal import __version__
 from glocal.data.dataset import Case, Dataset, read_dataset
-from glocal.data.image import read_image, read_labels
+from glocal.data.image import read_image, read_labels, require_same_grid
 from glocal.data.orientation import Undo
 from glocal.data.plan import Plan, PreprocessOptions, make_plan
 from glocal.data.prepare import Prepared, prepare, prepare_labels, restore
 from glocal.data.store import Store
 from glocal.errors import GlocalError
 from glocal.files import digest, read_json, replacing, write_json
+from glocal.processes import cores, follow_parent
 from glocal.progress import track
 
 __all__ = [
@@ -67,7 +66,7 @@ def preprocess(
     store = store.resolve()
     plan = _begin(dataset, store, options)
     task = partial(_prepare_case, root=dataset.root, store=store, plan=plan)
-    workers = min(workers or _cores(), len(dataset.cases))
+    workers = min(workers or cores(), len(dataset.cases))
     if executor is None and workers == 1:
         records = [task(case) for case in track(dataset.cases, "Preprocessing", len(dataset.cases))]
     else:
@@ -153,6 +152,7 @@ def _arrays(case: Case, plan: Plan) -> tuple[list[NDArray[Any]], Record]:
     warnings, kept = list(prepared.warnings), None
     if case.label is not None:
         labels = read_labels(case.label)
+        require_same_grid(labels.geometry, volume.geometry, case.label, case.images[0])
         arrays.append(prepare_labels(labels, prepared.undo, plan).numpy())
         kept = prepared.undo.kept(prepared.undo.oriented(labels.array)[:, 0] != 0)
         if kept < 0.99:
@@ -170,10 +170,6 @@ def _arrays(case: Case, plan: Plan) -> tuple[list[NDArray[Any]], Record]:
 
 def _plan_digest(plan: Plan) -> str:
     return hashlib.sha256(plan.model_dump_json().encode()).hexdigest()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _in_parallel(
@@ -203,7 +199,7 @@ def _single_threaded(task: Callable[[Case], Record], case: Case) -> Record:
 def _pool(workers: int) -> Iterator[Executor]:
     """A pool of spawned processes that is torn down at once when anything goes wrong, Ctrl-C included."""
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_ignore_interrupts)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=follow_parent)
     try:
         yield pool
     except BaseException:
@@ -212,7 +208,3 @@ def _pool(workers: int) -> Iterator[Executor]:
             child.terminate()
         raise
     pool.shutdown()
-
-
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the workers

@@ -190,9 +190,9 @@ def refuse_leakage(members: Sequence[Member], split: Split, used: Iterable[str],
     Raises:
         GlocalError: names the first such subject and the way out.
     """
-    held_out = {m.subject for m in members if m.case in set(split.test + split.development)}
-    seen = sorted(held_out & set(used))
-    if seen and not transductive:
+    closed = split.development + (() if transductive else split.test)
+    seen = sorted({member.subject for member in members if member.case in set(closed)} & set(used))
+    if seen:
         raise GlocalError(
             f"Subject {seen[0]}{f' and {len(seen) - 1} others' if len(seen) > 1 else ''} would be tested on but "
             f"{what}: use weights of the same split, or say protocol.transductive=true and every table will tell."

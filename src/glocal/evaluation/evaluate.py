@@ -4,14 +4,13 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from glocal.data.image import Geometry, file_ending, is_volume_file, read_labels
+from glocal.data.image import file_ending, is_volume_file, read_labels, require_same_grid
 from glocal.errors import GlocalError
 from glocal.evaluation.metrics import METRICS, Row, case_metrics, worst_metrics
 from glocal.files import read_json, replacing
@@ -20,8 +19,6 @@ from glocal.progress import console, track
 NO_PREDICTION = "no prediction"
 FOREGROUND = "mean foreground"
 NOTES = ("missed", "invented", NO_PREDICTION)
-
-_SHIFT_IN_VOXELS = 0.1  # how far two grids may lie apart: above the rounding of headers, below what a result can feel
 
 
 def evaluate(
@@ -108,31 +105,10 @@ def _measure(
         rows = worst_metrics(truth.array[0], classes, spacing, NO_PREDICTION)
     else:
         prediction = read_labels(prediction_file)
-        _require_same_grid(prediction.geometry, truth.geometry, prediction_file, truth_file)
+        require_same_grid(prediction.geometry, truth.geometry, prediction_file, truth_file)
         _require_named(prediction.array, classes, prediction_file)
         rows = case_metrics(prediction.array[0], truth.array[0], classes, spacing, tolerance)
     return [{"case": case, **row} for row in rows]
-
-
-def _require_same_grid(found: Geometry, wanted: Geometry, prediction: Path, truth: Path) -> None:
-    if found.size != wanted.size:
-        raise GlocalError(
-            f"{prediction} has size {found.size} (x, y, z) and its label map {truth} {wanted.size}: "
-            "predict in the geometry of the original image."
-        )
-    apart = float(np.linalg.norm(_corners(found) - _corners(wanted), axis=1).max())
-    if apart > _SHIFT_IN_VOXELS * min(wanted.spacing):
-        raise GlocalError(
-            f"{prediction} lies up to {apart:.3g} mm away from its label map {truth} (other spacing, origin or "
-            "direction in the header): write predictions with the header of the original image."
-        )
-
-
-def _corners(geometry: Geometry) -> NDArray[np.float64]:
-    """Where the centres of the eight corner voxels lie in the patient, `(8, 3)` in mm."""
-    index = np.array(list(product(*((0, length - 1) for length in geometry.size))))
-    steps = geometry.axes * geometry.spacing
-    return np.asarray(index @ steps.T + geometry.origin, dtype=np.float64)
 
 
 def _require_named(array: NDArray[np.generic], classes: Mapping[str, int], path: Path) -> None:

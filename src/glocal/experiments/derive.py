@@ -1,7 +1,7 @@
 """What the `auto` recipe leaves open, derived from the data: a part with `auto: true` is filled in, keys given stay."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, log2
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from glocal.data.dataset import Case, Dataset, read_dataset
 from glocal.data.image import Geometry, read_image, read_labels
 from glocal.data.orientation import ARRAY_AXES, distinct_axis
 from glocal.data.plan import PreprocessOptions
+from glocal.data.split import ProtocolOptions, make_split
 from glocal.errors import GlocalError
 from glocal.options import validated
 
@@ -44,7 +45,7 @@ def derived(settings: Mapping[str, Any]) -> dict[str, Any]:
         return result
     if "data" not in settings:
         raise GlocalError("This recipe is derived from the data: say which with data=DATASET.")
-    dataset = read_dataset(Path(str(settings["data"])))
+    dataset = _without_closed_labels(read_dataset(Path(str(settings["data"]))), settings)
     where = "cuda" if torch.cuda.is_available() and str(settings.get("device", "auto")) != "cpu" else "cpu"
     if "preprocess" in parts:
         result["preprocess"] = _preprocess(dataset, _checked(result["preprocess"]), LARGEST_SIDE[where])
@@ -61,6 +62,19 @@ def derived(settings: Mapping[str, Any]) -> dict[str, Any]:
     if "finetune" in parts:
         result["finetune"] = {"max_iterations": finetuning} | result["finetune"]
     return result
+
+
+def _without_closed_labels(dataset: Dataset, settings: Mapping[str, Any]) -> Dataset:
+    """The dataset as if its test and development cases had no labels: nothing may be fitted to those."""
+    protocol = validated(ProtocolOptions, settings.get("protocol", {}), "protocol")
+    if protocol.leave_one_out:  # every label map is tested on in its turn
+        return replace(dataset, cases=tuple(replace(case, label=None) for case in dataset.cases))
+    splits = range(protocol.splits)
+    seed = settings.get("seed", 0)
+    made = [make_split(dataset.members, dataset.split, protocol, seed, index) for index in splits]
+    open_ = set.intersection(*(set(split.pretrain) for split in made))
+    cases = (case if case.name in open_ else replace(case, label=None) for case in dataset.cases)
+    return replace(dataset, cases=tuple(cases))
 
 
 def _without_auto(part: Mapping[str, Any]) -> dict[str, Any]:

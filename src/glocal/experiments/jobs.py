@@ -1,7 +1,6 @@
 """The runs a recipe asks for, and doing them: in this process, or several at once with one thread each."""
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -13,6 +12,7 @@ from typing import Any
 
 from glocal import runs
 from glocal.errors import GlocalError
+from glocal.processes import cores, follow_parent
 from glocal.progress import progress
 
 
@@ -69,7 +69,7 @@ def _do_at_once(jobs: Sequence[Job], description: str, workers: int) -> None:
 
 
 def _one_thread() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    follow_parent()
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
@@ -106,4 +106,4 @@ def default_workers() -> int:
     """As many processes as there are cores; with a GPU one, which is faster alone."""
     import torch
 
-    return 1 if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)))
+    return 1 if torch.cuda.is_available() else cores()

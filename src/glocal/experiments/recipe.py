@@ -26,11 +26,12 @@ class Recipe(BaseModel):
 
     name: str
     summary: str = ""
-    data: Path | None = Field(None, description="the raw dataset")
-    out: Path | None = Field(None, description="the run folder")
+    data: Path = Field(description="the raw dataset")
+    out: Path = Field(description="the run folder")
     seed: int = 0
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    threads: int = Field(0, ge=0, description="of every training; 0: one with several workers, else what there is")
     max_iterations: int | None = Field(
         None, ge=1, description="of every training (each stage), over what the parts say"
     )
@@ -45,12 +46,14 @@ class Recipe(BaseModel):
 
     def part(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Settings of one training, completed by what the recipe says once for all."""
-        common = {"seed": self.seed, "device": self.device, "precision": self.precision}
+        common = {"seed": self.seed, "device": self.device, "precision": self.precision, "threads": self.threads}
         short = {"max_iterations": self.max_iterations} if self.max_iterations else {}
         return merged(common | ({"network": self.network} if self.network else {}), settings) | short
 
-    def contenders(self) -> tuple[str, ...]:
-        """The contenders to compare, `random` first."""
+    def contenders(self, measured: bool = True) -> tuple[str, ...]:
+        """The contenders to compare, `random` first; where nothing can be measured, only those that are pre-trained."""
+        if not measured and not self.compare and self.pretrain:
+            return tuple(self.pretrain)
         return tuple(dict.fromkeys(("random", *(self.compare or self.pretrain))))
 
 

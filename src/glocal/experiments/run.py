@@ -5,22 +5,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from glocal import runs
-from glocal.data.dataset import read_dataset
+from glocal.data.dataset import Dataset, read_dataset
 from glocal.data.preprocess import preprocess
-from glocal.data.split import Split, draw_labels, make_split, read_split
+from glocal.data.split import Member, Split, draw_labels, make_split, read_split
 from glocal.data.store import Store
+from glocal.engine import device_named, precision_of
 from glocal.errors import GlocalError
 from glocal.experiments.derive import derived
 from glocal.experiments.jobs import Job, default_workers, do
 from glocal.experiments.recipe import Recipe, make_recipe, read_recipe
+from glocal.experiments.report import report, warnings_below
 from glocal.experiments.tables import write_tables
-from glocal.files import write_json
-from glocal.finetuning.finetune import finetune
+from glocal.files import read_json, write_json
+from glocal.finetuning.base import FinetuningOptions
+from glocal.finetuning.finetune import finetune, measured_cases, predict_cases
 from glocal.finetuning.registry import finetuning_options
+from glocal.model import load_network
 from glocal.pretraining.pretrain import pretrain
 from glocal.pretraining.registry import method_named, pretraining_options
+from glocal.processes import cores
 from glocal.progress import console
+
+NOT_MEASURED = (
+    "No labelled volume is left for testing, so there will be no Dice of unseen cases: look at the masks of the "
+    "unlabelled ones, or measure by leave-one-out, which trains once per labelled volume and tests on it "
+    "(protocol.leave_one_out=true, finetune.labels one less than you have, in another run folder)."
+)
 
 
 def run(recipe: str, words: Sequence[str] = (), workers: int | None = None) -> Path:
@@ -45,37 +58,83 @@ def run(recipe: str, words: Sequence[str] = (), workers: int | None = None) -> P
 
 def run_recipe(recipe: Recipe, workers: int | None = None) -> Path:
     """Do all that a validated recipe says; see `run`."""
-    from glocal.reporting.report import report
-
     started = time.time()
-    if recipe.data is None or recipe.out is None:
-        raise GlocalError("Say which data and where to: data=DATASET out=RUN.")
+    recipe = recipe.model_copy(update={"data": recipe.data.resolve()})  # however it was spelled
     out, workers = recipe.out, workers or default_workers()
-    read_dataset(recipe.data)  # a malformed dataset is said before a folder is made
+    _refuse_impossible(recipe, read_dataset(recipe.data))
     runs.begin(out, "run", recipe.model_dump(mode="json", exclude={"out"}))
+    recipe = _on_this_machine(recipe, workers)
     store = preprocess(recipe.data, out / "store", recipe.preprocess, workers=workers)
     splits = [
         make_split(store.volumes, store.split, recipe.protocol, recipe.seed, index)
-        for index in range(split_count(recipe, store))
+        for index in range(split_count(recipe, store.volumes))
     ]
-    _say(recipe, store, splits)
-    pretraining, finetuning = pretraining_jobs(recipe, splits), finetuning_jobs(recipe, splits)
+    measured = any(measured_cases(store, split, recipe.protocol) for split in splits)
+    _say(store, splits, measured)
+    contenders = recipe.contenders(measured)
+    pretraining, finetuning = (make(recipe, splits, contenders) for make in (pretraining_jobs, finetuning_jobs))
     _refuse_early([*pretraining, *finetuning], store)
     do(pretraining, "Pre-training", workers)
     do(finetuning, "Fine-tuning", workers)
     write_json(out / "split.json", {"splits": [split.__dict__ for split in splits]})
     write_tables(out)
+    write_masks(store, finetuning[-1].folder, out / "masks", device_named(recipe.device))
     if not runs.finished(out):
         runs.finish(out, started, kind="run", warnings=[])
     report(out)
+    for warning in warnings_below(out):
+        console.print(f"Warning: {warning}", style="yellow", markup=False)
     return out
 
 
-def split_count(recipe: Recipe, store: Store) -> int:
+def write_masks(store: Store, training: Path, folder: Path, device: torch.device) -> None:
+    """Masks of the unlabelled volumes by one training (the last contender's), native geometry; none is made twice."""
+    dataset = read_dataset(store.dataset)
+    cases = tuple(v.case for v in store.volumes if not v.labelled)
+    missing = tuple(case for case in cases if not (folder / f"{case}{dataset.file_ending}").exists())
+    if missing:
+        network = load_network(training / "model.safetensors")[0].to(device)
+        predict_cases(network, store, dataset, missing, folder, device)
+
+
+def _refuse_impossible(recipe: Recipe, dataset: Dataset) -> None:
+    """What the splits and draws would refuse is said before a folder is begun or anything is computed."""
+    members = dataset.members
+    options: Any = finetuning_options(recipe.part(recipe.finetune))
+    for index in range(split_count(recipe, members)):
+        split = make_split(members, dataset.split, recipe.protocol, recipe.seed, index)
+        for budget in budgets_of(options):
+            drawn = [
+                draw_labels(members, split, budget, options.validation, options.seed, draw).train
+                for draw in range(recipe.protocol.draws)
+            ]
+            if len({frozenset(cases) for cases in drawn}) < len(drawn):
+                raise GlocalError(
+                    f"Two of the {len(drawn)} draws would label the same volumes, so they would not tell chance from "
+                    "effect: use a smaller protocol.draws, or another seed."
+                )
+
+
+def _on_this_machine(recipe: Recipe, workers: int) -> Recipe:
+    """Precision and threads are decided once for all trainings of a run, and kept when it goes on elsewhere."""
+    path = recipe.out / "machine.json"
+    if not path.exists():
+        precision = precision_of(device_named(recipe.device), recipe.precision)
+        write_json(path, {"precision": precision, "threads": 1 if workers > 1 else cores()})
+    return recipe.model_copy(update=read_json(path))
+
+
+def split_count(recipe: Recipe, members: Sequence[Member]) -> int:
     """How many splits there are: with leave-one-out one per labelled subject."""
     if recipe.protocol.leave_one_out:
-        return len({volume.subject for volume in store.volumes if volume.labelled})
+        return max(1, len({member.subject for member in members if member.labelled}))
     return recipe.protocol.splits
+
+
+def budgets_of(options: FinetuningOptions) -> list[Any]:
+    """The budgets to train with: numbers of volumes, or one list of cases."""
+    labels = options.labels
+    return list(dict.fromkeys(labels)) if isinstance(labels, tuple) and isinstance(labels[0], int) else [labels]
 
 
 def _refuse_early(jobs: Sequence[Job], store: Store) -> None:
@@ -90,12 +149,11 @@ def _refuse_early(jobs: Sequence[Job], store: Store) -> None:
             draw_labels(store.volumes, split, options.labels, options.validation, options.seed, options.draw)
 
 
-def pretraining_jobs(recipe: Recipe, splits: Sequence[Split]) -> list[Job]:
+def pretraining_jobs(recipe: Recipe, splits: Sequence[Split], contenders: Sequence[str]) -> list[Job]:
     """One pre-training per contender and split; it serves all draws and budgets."""
-    assert recipe.out is not None
     jobs = []
     for split in splits:
-        for name in dict.fromkeys(contender.partition("@")[0] for contender in recipe.contenders()):
+        for name in dict.fromkeys(contender.partition("@")[0] for contender in contenders):
             if name == "random":
                 continue
             settings = recipe.part(recipe.pretrain[name])
@@ -113,18 +171,16 @@ def pretraining_jobs(recipe: Recipe, splits: Sequence[Split]) -> list[Job]:
     return jobs
 
 
-def finetuning_jobs(recipe: Recipe, splits: Sequence[Split]) -> list[Job]:
+def finetuning_jobs(recipe: Recipe, splits: Sequence[Split], contenders: Sequence[str]) -> list[Job]:
     """One fine-tuning per split, contender, budget and draw."""
-    assert recipe.out is not None
     options = finetuning_options(recipe.part(recipe.finetune))
-    labels = options.labels
-    budgets = dict.fromkeys(labels) if isinstance(labels, tuple) and isinstance(labels[0], int) else (labels,)
+    budgets = budgets_of(options)
     jobs = []
     # Draws outermost: a run that is stopped half-way has whole pairs to compare.
     for draw in range(recipe.protocol.draws):
         for split in splits:
             for budget in budgets:
-                for contender in recipe.contenders():
+                for contender in contenders:
                     source = contender_model(recipe, split.index, contender)
                     settings = recipe.part(recipe.finetune) | {"labels": budget, "draw": draw}
                     count = budget if isinstance(budget, int) else len(budget)
@@ -153,7 +209,6 @@ def contender_model(recipe: Recipe, split: int, contender: str) -> Path | None:
     name, _, stage = contender.partition("@")
     if name == "random":
         return None
-    assert recipe.out is not None
     folder = pretraining_folder(recipe.out, split, name)
     if not stage:
         return folder / "model.safetensors"
@@ -164,17 +219,15 @@ def contender_model(recipe: Recipe, split: int, contender: str) -> Path | None:
     return folder / f"stage-{stages.index(stage) + 1}-{stage}" / "model.safetensors"
 
 
-def _say(recipe: Recipe, store: Store, splits: Sequence[Split]) -> None:
+def _say(store: Store, splits: Sequence[Split], measured: bool) -> None:
     labelled = sum(volume.labelled for volume in store.volumes)
     first = splits[0]
     console.print(
         f"{store.name}: {len(store.volumes)} volumes, {labelled} labelled; {len(first.pretrain)} to train on, "
         f"{len(first.development)} for development, {len(first.test)} for testing"
         + (f"; {len(splits)} splits" if len(splits) > 1 else "")
-        + "."
+        + ".",
+        soft_wrap=True,
     )
-    if not first.test and recipe.protocol.evaluate == "test":
-        console.print(
-            "No labelled volume is left for testing: there will be masks but no Dice of unseen cases "
-            "(protocol.leave_one_out=true measures one by training once per labelled volume)."
-        )
+    if not measured:
+        console.print(NOT_MEASURED, soft_wrap=True)

@@ -1,7 +1,8 @@
 """The single steps as people give them: words from the command line over defaults."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from glocal.data.plan import PreprocessOptions
 from glocal.data.preprocess import preprocess
@@ -30,6 +31,7 @@ def preprocess_with(dataset: Path, store: Path, recipe: str, words: Sequence[str
 def pretrain_with(store: Path, run: Path, method: str, words: Sequence[str]) -> Path:
     """Pre-train with `method` and `key=value` words; words of `protocol` say how cases are split."""
     settings = parse_words(words)
+    _refuse_twice(settings, "method")
     protocol = validated(ProtocolOptions, settings.pop("protocol", {}), "protocol")
     return pretrain(store, run, {"method": method, **settings}, protocol)
 
@@ -37,8 +39,14 @@ def pretrain_with(store: Path, run: Path, method: str, words: Sequence[str]) -> 
 def finetune_with(store: Path, run: Path, labels: str, pretrained: Path | None, words: Sequence[str]) -> Path:
     """Fine-tune on `labels` (a number or cases) with `key=value` words; words of `protocol` say how cases are split."""
     settings = parse_words(words)
+    _refuse_twice(settings, "labels")
     protocol = validated(ProtocolOptions, settings.pop("protocol", {}), "protocol")
     return finetune(store, run, {**settings, "labels": parse_labels(labels)}, pretrained, protocol)
+
+
+def _refuse_twice(settings: Mapping[str, Any], key: str) -> None:
+    if key in settings:
+        raise GlocalError(f"{key}={settings[key]} is given beside --{key}: give it once, as --{key}.")
 
 
 def parse_labels(text: str) -> int | list[str]:

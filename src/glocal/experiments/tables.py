@@ -41,8 +41,10 @@ def scores(results: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Columns split, contender, labels, draw, checkpoint, validation, dice.
     """
-    per_case = results.groupby([*KEYS, "validation", "case"], sort=False)["dice"].mean()
-    return per_case.groupby([*KEYS, "validation"], sort=False).mean().reset_index()
+    keys = [*KEYS, "validation"]
+    per_case = results.groupby([*keys, "subject", "case"], sort=False)["dice"].mean()
+    per_subject = per_case.groupby([*keys, "subject"], sort=False).mean()
+    return per_subject.groupby(keys, sort=False).mean().reset_index()
 
 
 def paired(table: pd.DataFrame, baseline: str = "random") -> pd.DataFrame:
@@ -97,7 +99,7 @@ def caption(out: Path) -> str:
     )
     words = (
         f"Volume-wise Dice in native resolution, mean over foreground classes, then over {subjects}; last checkpoint; "
-        f"mean ± standard deviation over {protocol['draws']} draw(s) of the labelled volumes in each split. "
+        f"mean ± standard deviation over all trainings, {protocol['draws']} draw(s) of the labelled volumes a split. "
         "Differences are paired with random initialisation: same split, same labelled volumes. Draws of one split "
         "share test subjects and pre-trained weights, so they are no independent trials."
     )

@@ -28,7 +28,7 @@ from glocal.engine import device_named, train
 from glocal.errors import GlocalError
 from glocal.evaluation.evaluate import evaluate
 from glocal.evaluation.metrics import dice
-from glocal.files import replacing, write_json
+from glocal.files import digest, replacing, write_json
 from glocal.finetuning.base import FinetuningOptions
 from glocal.finetuning.registry import finetuning_options, strategy_named
 from glocal.inference import native_mask, slice_probabilities
@@ -40,6 +40,9 @@ from glocal.randomness import seed_of
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+TRANSDUCTIVE = "Transductive: the images of test subjects, not their labels, were part of the pre-training."
 
 
 def finetune(
@@ -86,18 +89,21 @@ def finetune(
         write_json(run / "transfer.json", report.as_dict())
         console.print(report.sentence(), highlight=False)
 
+    cases = measured_cases(store, split, protocol)
+    if cases:
+        read_dataset(store.dataset)  # where their label maps are: a moved dataset is said before training, not after
     device = device_named(options.device)
     labelled, unlabelled = Pool(store, draw.train, device), Pool(store, split.pretrain, device)
     strategy = strategy_named(options.strategy).make(network, labelled, unlabelled, options)
     validate = (
         _Validation(store, draw.validation, run / "best.safetensors", header, device) if draw.validation else None
     )
-    warnings = train(strategy, options, run, run.name, validate, options.evaluate_every)
+    transductive = source is not None and bool(read_header(source).provenance["transductive"])
+    warnings = [TRANSDUCTIVE] if transductive else []
+    warnings += train(strategy, options, run, run.name, validate, options.evaluate_every)
     save_model(run / "model.safetensors", strategy.network.state_dict(), header)
-    cases = split.test if protocol.evaluate == "test" else split.development
-    cases = tuple(v.case for v in store.volumes if v.case in cases and v.labelled)
     if cases:
-        measure(store, run, cases, device)
+        measure(store, run, cases, device, transductive)
     runs.finish(
         run,
         started,
@@ -113,10 +119,9 @@ def finetune(
 def _split_of(source: Path | None, store: Store, protocol: ProtocolOptions, seed: int) -> Split:
     """The split of the pre-training (`source` is in its folder, or in that of a stage), if it was on these data."""
     for folder in () if source is None else (source.parent, source.parent.parent):
-        if (folder / "split.json").exists():
-            split = read_split(folder)
-            if {*split.pretrain, *split.development, *split.test} <= {volume.case for volume in store.volumes}:
-                return split
+        same_data = source is not None and read_header(source).provenance["store"] == store.digest()
+        if same_data and (folder / "split.json").exists():
+            return read_split(folder)
     return make_split(store.volumes, store.split, protocol, seed)
 
 
@@ -124,10 +129,13 @@ def _settings(
     store: Store, options: FinetuningOptions, source: Path | None, split: Split, protocol: ProtocolOptions
 ) -> dict[str, Any]:
     """What makes this run the run it is."""
-    before = None if source is None else read_header(source).provenance
+    before = None
+    if source is not None:
+        provenance = read_header(source).provenance
+        before = {"method": provenance["pretraining"]["method"], "stage": provenance["stage"]}
     return {
         "store": store.digest(),
-        "pretrained": None if before is None else {**before["pretraining"], "stage": before["stage"]},
+        "pretrained": None if before is None or source is None else {**before, "digest": digest(source)},
         "split": split.index,
         "evaluate": protocol.evaluate,
         **options.model_dump(mode="json"),
@@ -152,10 +160,11 @@ def _start(
             raise GlocalError(
                 f"{source} was pre-trained on slices that were preprocessed in another way: use the same preprocessing."
             )
-        seen = before.provenance.get("subjects", [])
-        refuse_leakage(
-            store.volumes, split, seen, "was seen in pre-training", before.provenance.get("transductive", False)
-        )
+        if "network" in options.model_fields_set and options.network != before.network:
+            raise GlocalError(f"{source} was pre-trained with another network: leave network out, its own is taken.")
+        if before.provenance["dataset"] == store.name:  # subjects of another dataset are other people
+            seen, transductive = before.provenance["subjects"], before.provenance["transductive"]
+            refuse_leakage(store.volumes, split, seen, "was seen in pre-training", transductive)
         report = transfer(network, source)
         if not report.transferred:
             raise GlocalError(f"No weight of {source} fits the network: was it pre-trained with another one?")
@@ -209,7 +218,15 @@ class _Validation:
         return self.store.labels_of(torch.arange(first, first + int(self.store.count_of[first])))
 
 
-def measure(store: Store, run: Path, cases: tuple[str, ...], device: torch.device) -> "pd.DataFrame":
+def measured_cases(store: Store, split: Split, protocol: ProtocolOptions) -> tuple[str, ...]:
+    """The labelled cases that a training of this split is measured on."""
+    wanted = split.test if protocol.evaluate == "test" else split.development
+    return tuple(volume.case for volume in store.volumes if volume.case in wanted and volume.labelled)
+
+
+def measure(
+    store: Store, run: Path, cases: tuple[str, ...], device: torch.device, transductive: bool = False
+) -> "pd.DataFrame":
     """Predict cases in native geometry and write `evaluation.csv`: one row per checkpoint, case and class.
 
     The masks of the last checkpoint stay in `predictions/`, those of the best in `predictions-best/`.
@@ -226,7 +243,7 @@ def measure(store: Store, run: Path, cases: tuple[str, ...], device: torch.devic
         if not model.exists():
             continue
         network = load_network(model)[0].to(device)
-        _predict_all(network, store, dataset, cases, run / folder, device)
+        predict_cases(network, store, dataset, cases, run / folder, device)
         frame = evaluate(
             run / folder,
             dataset.root,
@@ -239,14 +256,16 @@ def measure(store: Store, run: Path, cases: tuple[str, ...], device: torch.devic
     table = pd.concat(frames, ignore_index=True)
     subject = {volume.case: volume.subject for volume in store.volumes}
     table.insert(2, "subject", table["case"].map(subject))
+    table["transductive"] = transductive
     with replacing(run / "evaluation.csv") as temporary:
         table.to_csv(temporary, index=False)
     return table
 
 
-def _predict_all(
+def predict_cases(
     network: nn.Module, store: Store, dataset: Dataset, cases: tuple[str, ...], folder: Path, device: torch.device
 ) -> None:
+    """Write the masks of cases of a store into `folder`, in native geometry, format and header."""
     images = {case.name: case.images[0] for case in dataset.cases}
     for case in cases:
         undo = store.volumes[store.index_of(case)].undo

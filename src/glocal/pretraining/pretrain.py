@@ -79,6 +79,8 @@ def pretrain(
         provenance={
             "pretraining": options.model_dump(mode="json"),
             "paper": method.paper,
+            "dataset": store.name,
+            "store": store.digest(),
             "subjects": subjects,
             "transductive": protocol.transductive,
             **runs.environment(),
@@ -117,7 +119,7 @@ def _train_stages(method: Method, options: TrainingOptions, pool: Pool, run: Pat
         trained += tuple(part for part in stage.trained if part not in trained)
         before = folder / "model.safetensors"
         if before.exists():
-            warnings += training_state(folder)["warnings"]
+            warnings += training_state(folder).get("warnings", [])
         else:
             warnings += train(stage, options, folder, f"{run.name}: {name}")
             provenance = {**header.provenance, "stage": name, "parts": list(trained)}

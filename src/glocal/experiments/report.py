@@ -32,7 +32,8 @@ METRIC_NAMES = {
 }
 NO_TEST = (
     "No labelled volume was kept for testing, so nothing here says how good the masks of unseen cases are. Look at "
-    "them, or measure by leave-one-out: protocol.leave_one_out=true trains once per labelled volume and tests on it."
+    "them, or measure by leave-one-out: protocol.leave_one_out=true, with finetune.labels one less than you have and "
+    "another run folder, trains once per labelled volume and tests on it."
 )
 
 
@@ -78,7 +79,11 @@ def _of_finetuning(run: Path) -> Report:
         f"A network was fine-tuned on {_count(provenance['labelled'], 'labelled volume')} of {provenance['dataset']} "
         f"({', '.join(provenance['labelled'])}), starting from {start}, for {settings['max_iterations']} iterations."
     )
-    figures = [("labelled volumes", str(len(provenance["labelled"])))]
+    labelled = str(len(provenance["labelled"]))
+    if provenance["validation"]:
+        lead += f" {_count(provenance['validation'], 'further labelled volume')} chose the best checkpoint."
+        labelled += f" + {len(provenance['validation'])} for validation"
+    figures = [("labelled volumes", labelled)]
     curves = [_curve(run, "loss")] + ([_curve(run, "validation_dice")] if provenance["validation"] else [])
     sections = [Section("Learning curves", pictures=curves)]
     warnings = _warnings(manifest)
@@ -103,7 +108,7 @@ def _of_run(run: Path) -> Report:
     contenders = list(dict.fromkeys(path.parent.name for path in sorted(run.glob("finetune/split-*/*/labels-*"))))
     lead = _lead(settings, store, contenders)
     trainings = sorted(run.glob("finetune/split-*/*/labels-*"))
-    warnings = [*_warnings(manifest), *store.warnings, *_warnings_below(run)]
+    warnings = [*_warnings(manifest), *store.warnings, *warnings_below(run)]
     figures: list[tuple[str, str]] = []
     sections: list[Section] = []
     if results.empty:
@@ -118,6 +123,7 @@ def _of_run(run: Path) -> Report:
         for section in (*_measured(frame), *_pictures(best, frame)):
             section.text = f"{shown} {section.text}" if section.tables or section.pictures else section.text
             sections.append(section)
+    sections += _masks(run, store)
     curves = [_curve(log.parent, "loss") for log in sorted(run.glob("pretrain/split-0/*/stage-*/metrics.jsonl"))]
     curves.append(_curves_together(trainings[:12]))
     sections.append(Section("Learning curves", pictures=curves, collapsed=not results.empty))
@@ -132,20 +138,30 @@ def _lead(settings: dict[str, Any], store: Store, contenders: Sequence[str]) -> 
     before = f"pre-trained without labels ({', '.join(others)}), then " if others else ""
     text = (
         f"The dataset {store.name} has {len(store.volumes)} volumes, {labelled} of them labelled. "
-        f"A network was {before}fine-tuned on "
-        f"{_budget(finetuning.get('labels', 2))} labelled volume(s), chosen {protocol['draws']} time(s) at random"
+        f"A network was {before}fine-tuned on {_budget(finetuning.get('labels', 2))}"
     )
-    if others:
+    if protocol["draws"] > 1:
+        text += f", chosen {protocol['draws']} times at random"
+    if finetuning.get("validation"):
+        text += f" (and {finetuning['validation']} more to choose the best checkpoint)"
+    if others and "random" in contenders:
         text += ", and compared with the same training from random weights"
-    splits = protocol["splits"]
-    text += f", in {splits} splits of the subjects." if splits > 1 else "."
+    if protocol["leave_one_out"]:
+        text += ", once for each labelled subject, who was left out and then tested on (leave-one-out)"
+    elif protocol["splits"] > 1:
+        text += f", in {protocol['splits']} splits of the subjects"
+    text += "."
     if protocol["transductive"]:
         text += " Transductive: the images of test subjects, not their labels, were part of the pre-training."
     return text
 
 
 def _budget(labels: Any) -> str:
-    return " or ".join(map(str, labels)) if isinstance(labels, list) else str(labels)
+    if isinstance(labels, list) and isinstance(labels[0], str):
+        return f"the labelled volumes {', '.join(labels)}"
+    several = isinstance(labels, list) or labels != 1
+    count = " or ".join(map(str, labels)) if isinstance(labels, list) else str(labels)
+    return f"{count} labelled volume{'s' if several else ''}"
 
 
 def _key_figures(run: Path) -> list[tuple[str, str]]:
@@ -190,7 +206,7 @@ def _measured(frame: pd.DataFrame) -> list[Section]:
     statistics = summary(frame).set_index(["class", "metric"])
     names = [str(name) for name in statistics.index.get_level_values("class").unique()]
     mean, sd = (statistics[column].astype(float).to_dict() for column in ("mean", "sd"))
-    per_class = [[name, *(f"{mean[(name, m)]:.3f} ± {sd[(name, m)]:.3f}" for m in shown)] for name in names]
+    per_class = [[name, *(_spread(mean[(name, m)], sd[(name, m)]) for m in shown)] for name in names]
     counts = note_counts(frame).sum()
     odd = ", ".join(f"{int(count)} {note}" for note, count in counts.items() if count)
     headings = [METRIC_NAMES[metric] for metric in shown]
@@ -211,6 +227,10 @@ def _measured(frame: pd.DataFrame) -> list[Section]:
     ]
 
 
+def _spread(mean: float, sd: float) -> str:
+    return f"{mean:.3f}" if np.isnan(sd) else f"{mean:.3f} ± {sd:.3f}"  # one case has no deviation
+
+
 def _text(value: Any) -> str:
     return "" if not isinstance(value, str) else value
 
@@ -226,13 +246,16 @@ def _pictures(run: Path, frame: pd.DataFrame) -> list[Section]:
     except GlocalError:
         return [Section("Pictures", text=f"The images are no longer in {store.dataset}, so none can be shown.")]
     order = frame.groupby("case")["dice"].mean().sort_values(ascending=False)
-    places = {"Best": 0, "Median": (len(order) - 1) // 2, "Worst": len(order) - 1}
-    picks = {name: place for name, place in places.items() if len(order) > 2 or name != "Median"}
+    places = {(len(order) - 1) // 2: "Median", len(order) - 1: "Worst", 0: "Best"}  # with few cases some coincide
+    picks = {name: str(order.index[place]) for place, name in sorted(places.items())}
     pictures = [
         Picture(
-            f"{name} case: {case}, mean Dice {order[case]:.3f}", _overlay(store, dataset, run, case), "png", wide=True
+            f"{name} case: {case}, mean Dice {order[case]:.3f}",
+            _overlay(store, dataset, run / "predictions", case),
+            "png",
+            wide=True,
         )
-        for name, case in ((name, str(order.index[place])) for name, place in picks.items())
+        for name, case in picks.items()
     ]
     return [Section("Best, median and worst case", pictures=pictures)]
 
@@ -243,27 +266,30 @@ def _store_of(run: Path) -> Path | None:
     return path if (path / "index.json").exists() else None
 
 
-def _overlay(store: Store, dataset: Dataset, run: Path, name: str) -> bytes:
+def _masks(run: Path, store: Store) -> list[Section]:
+    """Some masks of the unlabelled volumes, for the eye."""
+    files = sorted(path for path in (run / "masks").glob("*") if not path.name.startswith("."))
+    if not files:
+        return []
+    dataset = read_dataset(store.dataset)
+    names = [path.name.removesuffix(dataset.file_ending) for path in files]
+    shown = names[:: max(1, len(names) // 4)][:4]
+    pictures = [Picture(name, _overlay(store, dataset, run / "masks", name), "png", wide=True) for name in shown]
+    text = f"The masks of {_count(names, 'unlabelled volume')} are in {run / 'masks'}; some of them:"
+    return [Section("Masks of the unlabelled volumes", text=text, pictures=pictures)]
+
+
+def _overlay(store: Store, dataset: Dataset, masks: Path, name: str) -> bytes:
+    """The slice of a case with most of the structures: image, expert's labels if there are any, mask."""
     case = next(case for case in dataset.cases if case.name == name)
-    assert case.label is not None
     undo = store.volumes[store.index_of(name)].undo
-    image, truth, prediction = (
-        undo.oriented(array)[:, 0]
-        for array in (
-            read_image(case.images[:1]).array,
-            read_labels(case.label).array,
-            read_labels(run / "predictions" / f"{name}{dataset.file_ending}").array,
-        )
-    )
-    place = int(np.argmax((truth != 0).sum((1, 2))))
-    return overlay_row(
-        image[place],
-        truth[place],
-        prediction[place],
-        store.labels,
-        f"{name}, slice {place + 1} of {len(image)}",
-        _aspect(store, undo, name),
-    )
+    image = undo.oriented(read_image(case.images[:1]).array)[:, 0]
+    prediction = undo.oriented(read_labels(masks / f"{name}{dataset.file_ending}").array)[:, 0]
+    truth = undo.oriented(read_labels(case.label).array)[:, 0] if case.label else None
+    place = int(np.argmax(((prediction if truth is None else truth) != 0).sum((1, 2))))
+    title = f"{name}, slice {place + 1} of {len(image)}"
+    expert = None if truth is None else truth[place]
+    return overlay_row(image[place], expert, prediction[place], store.labels, title, _aspect(store, undo, name))
 
 
 def _aspect(store: Store, undo: Undo, name: str) -> float:
@@ -324,8 +350,8 @@ def _closing(run: Path) -> list[Section]:
     versions = [["glocal", made["glocal"]], ["Python", made["python"]], *([k, v] for k, v in made["packages"].items())]
     facts = [
         ["machine", made["machine"]],
-        ["time", f"{made['seconds']:.0f} s"],
-        ["peak memory", f"{made['peak_memory_mib']} MiB"],
+        ["time, last start to end", f"{made['seconds']:.0f} s"],
+        ["peak memory of the process", f"{made['peak_memory_mib']} MiB"],
     ]
     return [
         Section("Settings", tables=[Table("recipe.yaml", ["Key", "Value"], rows)], collapsed=True),
@@ -337,7 +363,8 @@ def _warnings(manifest: dict[str, Any]) -> list[str]:
     return list(manifest.get("warnings", []))
 
 
-def _warnings_below(run: Path) -> list[str]:
+def warnings_below(run: Path) -> list[str]:
+    """The warnings of all trainings of a run, each with its place."""
     found = []
     for manifest in sorted([*run.glob("pretrain/*/*/manifest.json"), *run.glob("finetune/*/*/*/manifest.json")]):
         place = manifest.parent.relative_to(run)
