@@ -38,6 +38,7 @@ def test_a_pool_holds_the_slices_of_its_cases_only() -> None:
     pool = pool_of([2, 3, 4], cases=[2, 0, 2])
     assert len(pool) == 6
     assert pool.slices.tolist() == [0, 1, 5, 6, 7, 8]
+    assert pool.volumes.tolist() == [0, 2]
     seen = pool.uniform(200, generator(0))
     assert set(seen.volume.tolist()) == {0, 2}
     assert {(v, n) for v, n in zip(seen.volume.tolist(), seen.count.tolist(), strict=True)} == {(0, 2), (2, 4)}

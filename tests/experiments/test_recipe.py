@@ -14,6 +14,8 @@ from glocal.pretraining.registry import method_named, pretraining_options
 
 SETTINGS: dict[str, Any] = {
     "name": "mine",
+    "data": "hearts",
+    "out": "run",
     "seed": 3,
     "device": "cpu",
     "network": {"name": "unet", "widths": [4, 8]},
@@ -130,11 +132,11 @@ def test_a_contender_has_a_name_that_can_be_a_folder(name: str) -> None:
 def test_a_file_is_a_recipe_too_and_words_go_over_it(tmp_path: Path) -> None:
     path = tmp_path / "heart.yaml"
     path.write_text(yaml.safe_dump({key: value for key, value in SETTINGS.items() if key != "name"}))
-    settings = read_recipe(str(path), ["seed=9", "pretrain.pcl.threshold=2e-1", "out=run"])
+    settings = read_recipe(str(path), ["seed=9", "pretrain.pcl.threshold=2e-1", "out=there"])
     assert settings["name"] == "heart"
     assert (settings["seed"], settings["pretrain"]["pcl"]["threshold"]) == (9, 0.2)
     assert settings["pretrain"]["gcl"] == SETTINGS["pretrain"]["gcl"]
-    assert make_recipe(settings).out == Path("run")
+    assert make_recipe(settings).out == Path("there")
 
 
 def test_a_packaged_recipe_can_be_shown_and_saved_as_it_is(tmp_path: Path) -> None:
