@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
@@ -36,6 +37,9 @@ _MUST_BE = {
 }
 
 
+PATHS = ("data", "out")  # taken as they are written: a folder may be called 2024 or "a: b"
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """`did you mean 'x'?` where something known is close, else the list of what is known."""
     known = list(known)
@@ -56,6 +60,9 @@ def parse_words(words: Sequence[str]) -> dict[str, Any]:
         *path, last = key.strip().split(".")
         if not equals or not all([*path, last]):
             raise GlocalError(f"{word!r} is not understood: settings are written key=value, for example seed=1.")
+        if key in PATHS:
+            settings[key] = str(Path(text).expanduser())
+            continue
         try:
             value = _numbers(yaml.safe_load(text)) if text.strip() else ""
         except yaml.YAMLError as error:

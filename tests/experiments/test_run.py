@@ -2,6 +2,7 @@ import multiprocessing
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ RECIPE: dict[str, Any] = {
     "protocol": {"draws": 2},
 }
 CONTENDERS = ("random", "pcl", "gcl@global")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_core() -> Iterator[None]:
+    """A run in one process takes all cores, one in several processes a core for each: here the two are to agree."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(road, "cores", lambda: 1)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,9 @@
 """Read and write volumes in any format SimpleITK knows, with their geometry; DICOM series too."""
 
+import errno
 import gzip
 import math
+import shutil
 import struct
 import zlib
 from collections.abc import Sequence
@@ -296,6 +298,9 @@ def write_image(path: Path, image: sitk.Image) -> None:
     if file_ending(path).lower() in (".mhd", ".nhdr"):
         raise GlocalError(f"{path} would become two files, header and voxels: write .nii.gz, .mha or .nrrd instead.")
     with replacing(path) as temporary:
+        # On a full disk ITK writes what fits and reports success.
+        if shutil.disk_usage(path.parent).free < image.GetNumberOfPixels() * image.GetSizeOfPixelComponent():
+            raise OSError(errno.ENOSPC, "No space left on device")
         try:
             sitk.WriteImage(image, str(temporary), useCompression=True)
         except RuntimeError as error:

@@ -119,7 +119,7 @@ def _of_run(run: Path) -> Report:
         best = _shown_training(run, results)
         frame = pd.read_csv(best / "evaluation.csv")
         frame = frame[frame["checkpoint"] == "last"]
-        shown = f"Shown in detail: {best.relative_to(run / 'finetune')}."
+        shown = f"Of the best contender, the training with the median Dice: {best.relative_to(run / 'finetune')}."
         for section in (*_measured(frame), *_pictures(best, frame)):
             section.text = f"{shown} {section.text}" if section.tables or section.pictures else section.text
             sections.append(section)
