@@ -92,7 +92,7 @@ def test_the_log_holds_losses_rate_and_figures(tmp_path: Path) -> None:
         return {"score": 0.25}
 
     assert train(learner, options(), tmp_path, "test", evaluate, evaluate_every=5) == ["odd"]
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [line for line in lines if "loss" in line]
     assert [line["iteration"] for line in losses] == [1, 10, 12]
     assert losses[0].keys() == {"iteration", "loss", "largest", "learning_rate"}
@@ -124,7 +124,7 @@ def test_a_stopped_training_ends_as_if_it_had_not_been(tmp_path: Path, optimizer
     assert same(tensors(tmp_path / "whole"), tensors(tmp_path / "parts"))
     if optimizer != "sgd":
         assert any("exp_avg_sq" in name for name in tensors(tmp_path / "whole"))
-    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
+    logs = [(tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8") for name in ("whole", "parts")]
     assert logs[0] == logs[1]
     assert not same(Learner().state_dict(), continued.state_dict())
 
@@ -218,7 +218,7 @@ def test_tensorboard_gets_the_figures(tmp_path: Path) -> None:
     events = EventAccumulator(str(file)).Reload()
     assert set(events.Tags()["scalars"]) == {"loss", "largest", "score"}
     assert [(event.step, event.value) for event in events.Scalars("score")] == [(6, 0.25), (12, 0.25)]
-    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [line["loss"] for line in written if "loss" in line]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
 
@@ -248,7 +248,7 @@ def test_mlflow_gets_the_figures_of_one_run(tmp_path: Path, mlflow: Any, monkeyp
 
 def test_mlflow_that_is_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    with pytest.raises(GlocalError, match=r"pip install .*glocal\[mlflow\]"):
+    with pytest.raises(GlocalError, match="pip install mlflow-skinny"):
         make_logger("mlflow", tmp_path)
 
 
@@ -280,6 +280,6 @@ def test_a_killed_pretraining_ends_with_the_weights_it_would_have_had(store: Sto
     assert same(load_file(whole), load_file(pretrain_with(store.path, killed, "gcl", words)))
     for part in ("stage-1-global", "stage-2-local"):
         assert same(tensors(whole.parent / part), tensors(killed / part))
-        logs = [(folder / part / "metrics.jsonl").read_text() for folder in (whole.parent, killed)]
+        logs = [(folder / part / "metrics.jsonl").read_text(encoding="utf-8") for folder in (whole.parent, killed)]
         assert logs[0] == logs[1]
     assert manifest_of(killed)["kind"] == "pretrain"

@@ -47,7 +47,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path, failure:
     with pytest.raises(type(failure)) as raised:
         fail_while_writing(target, failure)
     assert raised.value is failure
-    assert target.read_text() == "old"
+    assert target.read_text(encoding="utf-8") == "old"
     assert list(tmp_path.iterdir()) == [target]
 
 
@@ -60,7 +60,7 @@ def test_a_full_disk_is_said_and_leaves_the_old_file(
     monkeypatch.setattr(os, place, full)
     with pytest.raises(GlocalError, match=r"No space left on disk while writing .*a\.txt: free some space"):
         write_text(target, "new")
-    assert target.read_text() == "old"
+    assert target.read_text(encoding="utf-8") == "old"
     assert list(tmp_path.iterdir()) == [target]
 
 
@@ -133,9 +133,9 @@ def test_a_folder_is_no_json_file(tmp_path: Path) -> None:
 
 def test_tables_have_the_keys_as_header(tmp_path: Path) -> None:
     write_csv(tmp_path / "a.csv", [{"case": "a, b", "dice": 0.5}, {"case": "c", "dice": 1}])
-    assert (tmp_path / "a.csv").read_text().split() == ["case,dice", '"a,', 'b",0.5', "c,1"]
+    assert (tmp_path / "a.csv").read_text(encoding="utf-8").split() == ["case,dice", '"a,', 'b",0.5', "c,1"]
     write_csv(tmp_path / "empty.csv", [])
-    assert (tmp_path / "empty.csv").read_text().strip() == ""
+    assert (tmp_path / "empty.csv").read_text(encoding="utf-8").strip() == ""
 
 
 def test_the_digest_is_sha256(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 
 from glocal import inference
 from glocal.data.image import Geometry, geometry_of, read_file, read_image, read_labels, write_volume
@@ -13,7 +14,7 @@ from glocal.data.store import Store
 from glocal.errors import GlocalError
 from glocal.evaluation.metrics import dice
 from glocal.inference import list_inputs, predict
-from glocal.model import load_network, save_model
+from glocal.model import load_network, read_header, save_model
 from glocal.networks.registry import build
 
 Array = NDArray[Any]
@@ -40,7 +41,7 @@ def touch(folder: Path, *names: str) -> Path:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != "predictions.json")
 
 
 @pytest.mark.parametrize(
@@ -294,7 +295,7 @@ def test_masks_that_exist_are_kept_unless_asked(
 ) -> None:
     write_volume(tmp_path / "in" / "a.nii.gz", *image)
     write_volume(tmp_path / "in" / "b.nii.gz", *image)
-    (tmp_path / "out").mkdir()
+    predict(finetuned, tmp_path / "in" / "a.nii.gz", tmp_path / "out", device="cpu")
     (tmp_path / "out" / "a.nii.gz").write_bytes(b"mine")
     seen = []
     work = inference._predict_case
@@ -307,3 +308,18 @@ def test_masks_that_exist_are_kept_unless_asked(
     predict(finetuned, tmp_path / "in", tmp_path / "out", device="cpu", overwrite=True)
     assert seen == ["b", "a", "b", "a", "b"]
     assert read_labels(tmp_path / "out" / "a.nii.gz").array.any()
+
+
+def test_masks_of_another_model_are_not_taken_for_those_of_this(
+    image: tuple[Array, Geometry], finetuned: Path, tmp_path: Path
+) -> None:
+    write_volume(tmp_path / "in" / "a.nii.gz", *image)
+    predict(finetuned, tmp_path / "in", tmp_path / "out", device="cpu")
+    other = tmp_path / "other.safetensors"
+    weights = {name: value * 0 for name, value in load_file(finetuned / "model.safetensors").items()}
+    save_model(other, weights, read_header(finetuned / "model.safetensors"))
+    with pytest.raises(GlocalError, match="--overwrite"):
+        predict(other, tmp_path / "in", tmp_path / "out", device="cpu")
+    predict(other, tmp_path / "in", tmp_path / "out", device="cpu", overwrite=True)
+    with pytest.raises(GlocalError, match=str(other)):
+        predict(finetuned, tmp_path / "in", tmp_path / "out", device="cpu")

@@ -77,7 +77,7 @@ def truncate(root: Path) -> None:
 
 def edit_description(root: Path, **changes: object) -> None:
     path = root / "dataset.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes))
 
 
 def second_channel(root: Path) -> None:

@@ -168,7 +168,7 @@ def test_label_values_with_gaps_are_renumbered_and_it_is_said(tmp_path: Path, im
     made = collect(images, tmp_path / "out", tmp_path / "labels")
     assert made.mapping == {85: 1, 255: 2}
     assert any("255 became 2" in note for note in made.notes)
-    description = json.loads((tmp_path / "out/dataset.json").read_text())
+    description = json.loads((tmp_path / "out/dataset.json").read_text(encoding="utf-8"))
     assert description["collected"] == {"renumbered": {"85": 1, "255": 2}}
     assert description["labels"] == {"background": 0, "label_1": 1, "label_2": 2}
     found = read_labels(tmp_path / "out/labelsTr/b.nii.gz")

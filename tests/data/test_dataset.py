@@ -25,7 +25,7 @@ def root(tmp_path: Path) -> Path:
 
 def describe(root: Path, **changes: Any) -> None:
     path = root / "dataset.json"
-    content = json.loads(path.read_text()) | changes
+    content = json.loads(path.read_text(encoding="utf-8")) | changes
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
@@ -123,4 +123,4 @@ def test_case_names_may_end_in_four_digits(tmp_path: Path) -> None:
     (tmp_path / "imagesTr").mkdir()
     (tmp_path / "imagesTr/IMG_0007_0000.mha").touch()
     assert [case.name for case in read_dataset(tmp_path).cases] == ["IMG_0007"]
-    assert json.loads((tmp_path / "dataset.json").read_text())["licence"] == "CC0"
+    assert json.loads((tmp_path / "dataset.json").read_text(encoding="utf-8"))["licence"] == "CC0"

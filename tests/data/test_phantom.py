@@ -38,7 +38,7 @@ def test_layout_is_that_of_a_raw_dataset(root):
     assert description["labels"] == {"background": 0, "RV": 1, "MYO": 2, "LV": 3}
     assert description["file_ending"] == ".nii.gz"
     assert description["numTraining"] == len(list((root / "labelsTr").iterdir()))
-    rows = [line.split("\t") for line in (root / "subjects.tsv").read_text().splitlines()]
+    rows = [line.split("\t") for line in (root / "subjects.tsv").read_text(encoding="utf-8").splitlines()]
     assert rows[0] == ["case", "subject"]
     assert [row[0] for row in rows[1:]] == cases
     assert {p.name for p in root.parent.iterdir()} == {"phantom"}  # nothing unfinished is left
@@ -163,4 +163,4 @@ def test_impossible_wishes_are_explained(tmp_path, arguments, words):
 def test_command_says_what_comes_next(tmp_path, capsys):
     command(tmp_path / "phantom", subjects=3, seed=1)
     assert f"glocal check {tmp_path / 'phantom'}" in capsys.readouterr().out
-    assert len(json.loads((tmp_path / "phantom" / "split.json").read_text())["pretrain"]) == 1
+    assert len(json.loads((tmp_path / "phantom" / "split.json").read_text(encoding="utf-8"))["pretrain"]) == 1

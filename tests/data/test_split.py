@@ -258,7 +258,7 @@ def test_a_split_comes_back_from_its_file(tmp_path: Path) -> None:
     draw = Draw(2, ("s03a",), ("s05a", "s05b"))
     write_split(tmp_path, SPLIT, draw)
     assert read_split(tmp_path) == SPLIT
-    assert json.loads((tmp_path / "split.json").read_text())["draw"]["validation"] == ["s05a", "s05b"]
+    assert json.loads((tmp_path / "split.json").read_text(encoding="utf-8"))["draw"]["validation"] == ["s05a", "s05b"]
 
 
 @pytest.mark.parametrize("content", ['{"splits": []}', "[]", '{"split": {"index": 0}}', '{"split": null}'])

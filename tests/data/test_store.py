@@ -105,7 +105,7 @@ def test_what_is_no_finished_store_is_refused(raw: Path) -> None:
         Store.open(raw)
     prepared(raw)
     index = raw.parent / "store" / "index.json"
-    content = json.loads(index.read_text())
+    content = json.loads(index.read_text(encoding="utf-8"))
     del content["manifest"]["plan"]
     write_json(index, content)
     with pytest.raises(GlocalError, match="this version"):
@@ -159,7 +159,7 @@ def test_a_store_begun_otherwise_is_refused(raw: Path) -> None:
     prepared(raw)
     with pytest.raises(GlocalError, match=r"begun with clip: true, now it is false"):
         prepared(raw, options=OPTIONS.model_copy(update={"clip": False}))
-    description = json.loads((raw / "dataset.json").read_text())
+    description = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
     write_json(raw / "dataset.json", description | {"labels": {"background": 0, "two": 1, "one": 2}})
     with pytest.raises(GlocalError, match="begun with labels"):
         prepared(raw)

@@ -18,12 +18,12 @@ from glocal.errors import GlocalError
 from glocal.experiments import demo as demonstration
 from glocal.experiments import run as road
 from glocal.experiments.jobs import Job, do
+from glocal.experiments.report import report
 from glocal.experiments.run import run
 from glocal.experiments.steps import finetune_with, parse_labels, preprocess_with, pretrain_with
 from glocal.files import read_json, write_json
 from glocal.finetuning.finetune import finetune
 from glocal.model import find_model, read_header
-from glocal.experiments.report import report
 from glocal.runs import manifest_of
 
 RECIPE: dict[str, Any] = {
@@ -174,7 +174,8 @@ def test_started_again_nothing_is_trained(whole: Path, recipe: str, raw: Path, m
         ("finetune.batch=3", "begun with finetune.batch=2, now it is 3"),
         ("pretrain.pcl.outputs=9", "begun with pretrain.pcl.outputs=8"),
         ("seed=4", "begun with seed=0"),
-        ("protocol.draws=3", "begun with protocol.draws=2"),
+        ("protocol.draws=1", "begun with protocol.draws=2"),
+        ("protocol.draws=20", "would label the same volumes"),
         ("preprocess.size=[16,16]", "begun with preprocess.size"),
         ("compare=[pcl]", "begun with compare"),
         ("finetune.batsh=3", "finetune.batsh is not a setting: did you mean 'batch'"),
@@ -208,7 +209,9 @@ def test_a_stopped_run_continues(
     assert not (tmp_path / "run" / "report.html").exists()
     run(recipe, words, workers=1)
     assert trainings(tmp_path / "run") == trainings(whole)
-    assert (tmp_path / "run" / "results.csv").read_text() == (whole / "results.csv").read_text()
+    assert (tmp_path / "run" / "results.csv").read_text(encoding="utf-8") == (whole / "results.csv").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_several_processes_give_the_same(whole: Path, recipe: str, raw: Path, tmp_path: Path) -> None:

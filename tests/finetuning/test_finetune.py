@@ -15,12 +15,12 @@ from glocal.data.split import ProtocolOptions, Split
 from glocal.data.store import Store
 from glocal.errors import GlocalError
 from glocal.evaluation.metrics import METRICS, dice
+from glocal.experiments.report import report
 from glocal.files import read_json
 from glocal.finetuning.finetune import _Validation, finetune
 from glocal.inference import slice_probabilities
 from glocal.model import load_network, read_header
 from glocal.pretraining.pretrain import pretrain
-from glocal.experiments.report import report
 from glocal.runs import manifest_of
 
 SHORT = {"labels": 2, "max_iterations": 2, "batch": 2}
@@ -56,7 +56,7 @@ def test_only_what_was_drawn_was_trained_on(finetuned: Path) -> None:
 
 
 def test_the_best_weights_on_validation_are_kept_beside_the_last(finetuned: Path, store: Store) -> None:
-    lines = [json.loads(line) for line in (finetuned / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (finetuned / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     values = {line["iteration"]: line["validation_dice"] for line in lines if "validation_dice" in line}
     assert list(values) == [25, 50, 75, 100]
     best, last = (load_network(finetuned / f"{name}.safetensors") for name in ("best", "model"))
@@ -215,7 +215,7 @@ def test_a_dataset_that_has_moved_is_said(store: Store, tmp_path: Path, cheap: d
     moved.dataset = tmp_path / "gone"
     with pytest.raises(GlocalError, match="gone"):
         finetune(moved, tmp_path / "run", {**cheap, **SHORT})
-    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert not (tmp_path / "run" / "model.safetensors").exists()  # said before the training, not after
     assert finetune(store, tmp_path / "run", {**cheap, **SHORT}).exists()
     assert (tmp_path / "run" / "evaluation.csv").exists()
 

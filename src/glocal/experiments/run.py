@@ -73,7 +73,7 @@ def run_recipe(recipe: Recipe, workers: int | None = None) -> Path:
     _say(store, splits, measured)
     contenders = recipe.contenders(measured)
     pretraining, finetuning = (make(recipe, splits, contenders) for make in (pretraining_jobs, finetuning_jobs))
-    _refuse_early([*pretraining, *finetuning], store)
+    _refuse_other_data([*pretraining, *finetuning], store)
     do(pretraining, "Pre-training", workers)
     do(finetuning, "Fine-tuning", workers)
     write_json(out / "split.json", {"splits": [split.__dict__ for split in splits]})
@@ -137,16 +137,13 @@ def budgets_of(options: FinetuningOptions) -> list[Any]:
     return list(dict.fromkeys(labels)) if isinstance(labels, tuple) and isinstance(labels[0], int) else [labels]
 
 
-def _refuse_early(jobs: Sequence[Job], store: Store) -> None:
-    """What the last job could not do is said before the first one runs."""
+def _refuse_other_data(jobs: Sequence[Job], store: Store) -> None:
+    """Trainings that were finished on other data are said before the first one runs."""
     for job in jobs:
         split: Split = job.arguments["split"]
         made_of = (runs.settings_of(job.folder)["store"], read_split(job.folder)) if job.done() else None
         if made_of not in (None, (store.digest(), split)):
             raise GlocalError(f"The data have changed since {job.folder} was trained: choose another run folder.")
-        if job.work is finetune:
-            options: Any = finetuning_options(job.arguments["settings"])
-            draw_labels(store.volumes, split, options.labels, options.validation, options.seed, options.draw)
 
 
 def pretraining_jobs(recipe: Recipe, splits: Sequence[Split], contenders: Sequence[str]) -> list[Job]:

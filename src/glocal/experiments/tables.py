@@ -19,7 +19,10 @@ def collect_results(out: Path) -> pd.DataFrame:
         One row per training, checkpoint, case and class; empty if nothing was measured.
     """
     frames = []
-    for path in sorted((out / "finetune").glob("split-*/*/labels-*/evaluation.csv")):
+    recipe = runs.settings_of(out)
+    order = {name: place for place, name in enumerate(["random", *(recipe["compare"] or recipe["pretrain"])])}
+    paths = sorted((out / "finetune").glob("split-*/*/labels-*/evaluation.csv"))
+    for path in sorted(paths, key=lambda path: order[path.parent.parent.name]):  # contenders as the recipe has them
         settings, draw = runs.settings_of(path.parent), read_json(path.parent / "split.json")["draw"]
         frame = pd.read_csv(path)
         facts = {
@@ -36,7 +39,7 @@ def collect_results(out: Path) -> pd.DataFrame:
 
 
 def scores(results: pd.DataFrame) -> pd.DataFrame:
-    """Mean foreground Dice of each training: over classes per case first, then over cases.
+    """Mean foreground Dice of each training: over classes per case, then over a subject's cases, then over subjects.
 
     Returns:
         Columns split, contender, labels, draw, checkpoint, validation, dice.
@@ -64,7 +67,7 @@ def summarise(table: pd.DataFrame) -> list[dict[str, Any]]:
     rows = []
     differences = paired(table[table["checkpoint"] == "last"])
     for (labels, validation), of_budget in table.groupby(["labels", "validation"], sort=True):
-        for contender in sorted(of_budget["contender"].unique(), key=lambda name: name != "random"):
+        for contender in of_budget["contender"].unique():
             mine = of_budget[of_budget["contender"] == contender]
             last = mine[mine["checkpoint"] == "last"]["dice"]
             best = mine[mine["checkpoint"] == "best"]["dice"]

@@ -119,7 +119,7 @@ def finetune(
 def _split_of(source: Path | None, store: Store, protocol: ProtocolOptions, seed: int) -> Split:
     """The split of the pre-training (`source` is in its folder, or in that of a stage), if it was on these data."""
     for folder in () if source is None else (source.parent, source.parent.parent):
-        same_data = source is not None and read_header(source).provenance["store"] == store.digest()
+        same_data = source is not None and read_header(source).provenance.get("store") == store.digest()
         if same_data and (folder / "split.json").exists():
             return read_split(folder)
     return make_split(store.volumes, store.split, protocol, seed)
