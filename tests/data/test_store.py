@@ -1,13 +1,14 @@
 import json
 import shutil
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from glocal.data.image import Geometry, write_volume
+from glocal.data.image import Geometry, read_labels, write_volume
 from glocal.data.preprocess import PreprocessOptions, preprocess
 from glocal.data.store import Store
 from glocal.errors import GlocalError
@@ -221,3 +222,21 @@ def test_an_interrupt_cancels_what_waits(raw: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         preprocess(raw, raw.parent / "store", OPTIONS, executor=executor)
     assert [future.cancelled() for future in executor.futures] == [False, True, True, True]
+
+
+def test_subjects_that_share_an_image_count_as_one(raw: Path) -> None:
+    shutil.copy(raw / "imagesTr" / "a_0000.nii.gz", raw / "imagesTr" / "d_0000.nii.gz")
+    store = prepared(raw)
+    assert [volume.subject for volume in store.volumes] == ["s1", "s1", "s2", "s1"]
+    assert any("s3 has an image of s1 too" in warning for warning in store.warnings)
+
+
+@pytest.mark.parametrize("what", ["mirrored", "shifted"])
+def test_a_label_map_that_lies_elsewhere_than_its_image_is_refused(raw: Path, what: str) -> None:
+    path = raw / "labelsTr" / "a.nii.gz"
+    labels = read_labels(path)
+    origin, direction = (5.0, 0.0, 0.0), (-1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+    moved = {"direction": direction} if what == "mirrored" else {"origin": origin}
+    write_volume(path, labels.array[0], replace(labels.geometry, **moved))
+    with pytest.raises(GlocalError, match=r"Case a: .*labelsTr/a.nii.gz lies up to .* mm away from"):
+        prepared(raw)

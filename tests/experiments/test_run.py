@@ -1,6 +1,9 @@
 import multiprocessing
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +14,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from glocal.data.image import write_volume
+from glocal.data.image import read_image, read_labels, write_volume
 from glocal.data.phantom import subject
 from glocal.data.store import Store
 from glocal.errors import GlocalError
@@ -254,6 +257,13 @@ def test_two_labels_and_nothing_to_measure_on(recipe: str, write_dataset: Any, t
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "No labelled volume" in page
     assert "leave_one_out" in page
+    # What the user came for: the masks of the volumes nobody has labelled, in their geometry, and a look at them.
+    assert [path.name for path in (out / "masks").iterdir()] == ["c.nii.gz"]
+    mask, image = read_labels(out / "masks" / "c.nii.gz"), read_image([raw / "imagesTr" / "c_0000.nii.gz"])
+    assert mask.geometry == image.geometry
+    assert "Masks of the unlabelled volumes" in page
+    again = run(recipe, [words[0], f"out={tmp_path / 'best'}", *words[2:4], "compare=[]"], workers=1)
+    assert {path.split("/")[1] for path in trainings(again)} == {"pcl", "gcl"}  # nothing to compare: no random
 
 
 def test_data_that_changed_under_a_run_are_refused(recipe: str, raw: Path, tmp_path: Path) -> None:
@@ -295,6 +305,43 @@ def test_a_killed_process_is_said(tmp_path: Path) -> None:
     jobs = [Job(os._exit, {"status": 1}, tmp_path / name, 1) for name in "ab"]
     with pytest.raises(GlocalError, match=r"killed, most likely for lack of memory: .* --workers 1"):
         do(jobs, "Testing", 2)
+
+
+def test_workers_end_with_their_parent(tmp_path: Path) -> None:
+    """A parent that is killed leaves no worker behind that would go on writing."""
+    code = (
+        "import time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from glocal.processes import follow_parent\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ProcessPoolExecutor(1, get_context('spawn'), initializer=follow_parent)\n"
+        "    pool.submit(time.sleep, 60)\n"
+        "    while not pool._processes: time.sleep(0.05)\n"
+        "    time.sleep(1)\n"
+        "    print(*pool._processes, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    (tmp_path / "parent.py").write_text(code)
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        state = Path(f"/proc/{worker}/stat")
+        if not state.exists() or state.read_text(encoding="utf-8").split(")")[1].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker outlived its parent by ten seconds")
+
+
+def test_one_machine_setting_for_all_trainings_of_a_run(whole: Path) -> None:
+    assert read_json(whole / "machine.json") == {"precision": "float32", "threads": 1}
+    for training in whole.glob("finetune/**/recipe.yaml"):
+        settings = yaml.safe_load(training.read_text(encoding="utf-8"))
+        assert (settings["precision"], settings["threads"]) == ("float32", 1)
 
 
 def test_finished_jobs_are_not_done(tmp_path: Path) -> None:

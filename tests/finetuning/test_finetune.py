@@ -16,7 +16,7 @@ from glocal.data.store import Store
 from glocal.errors import GlocalError
 from glocal.evaluation.metrics import METRICS, dice
 from glocal.experiments.report import report
-from glocal.files import read_json
+from glocal.files import read_json, write_json
 from glocal.finetuning.finetune import _Validation, finetune
 from glocal.inference import slice_probabilities
 from glocal.model import load_network, read_header
@@ -123,6 +123,24 @@ def test_a_test_subject_seen_in_pretraining_is_refused(store: Store, tmp_path: P
     pretrain(store, tmp_path / "open", settings, protocol, split)
     assert "case5" in read_header(tmp_path / "open" / "model.safetensors").provenance["subjects"]
     assert finetune(store, tmp_path / "run", {**cheap, **SHORT}, tmp_path / "open", split=split).exists()
+    # Whatever is read of it afterwards says so.
+    assert pd.read_csv(tmp_path / "run" / "evaluation.csv")["transductive"].all()
+    assert any("Transductive" in warning for warning in manifest_of(tmp_path / "run")["warnings"])
+    assert "Transductive" in report(tmp_path / "run").read_text(encoding="utf-8")
+
+
+def test_names_of_another_dataset_are_other_people(
+    store: Store, tmp_path: Path, write_dataset: Any, preprocessing: PreprocessOptions, cheap: dict[str, Any]
+) -> None:
+    """Equal names in two datasets: the other's split is not taken, nor are its subjects held against us."""
+    labelled = ["case0", "case1", "case5"]
+    split = {"pretrain": ["case0", "case5"], "test": ["case1"]}
+    raw = write_dataset(tmp_path / "raw", {"case0": 5, "case1": 6, "case5": 6}, labelled, split)
+    write_json(raw / "dataset.json", {**read_json(raw / "dataset.json"), "name": "Another"})
+    other = preprocess(raw, tmp_path / "store", preprocessing, workers=1)
+    pretrain(store, tmp_path / "pre", {**cheap, "method": "pcl", "max_iterations": 1, "batch": 4, "outputs": 8})
+    finetune(other, tmp_path / "run", {**cheap, **SHORT}, tmp_path / "pre")
+    assert read_json(tmp_path / "run" / "split.json")["split"]["test"] == ["case1"]
 
 
 def test_the_split_of_the_pretraining_is_taken(store: Store, tmp_path: Path, cheap: dict[str, Any]) -> None:
