@@ -338,7 +338,8 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
 
 
 def test_one_machine_setting_for_all_trainings_of_a_run(whole: Path) -> None:
-    assert read_json(whole / "machine.json") == {"precision": "float32", "threads": 1}
+    one = {"precision": "float32", "threads": 1}
+    assert read_json(whole / "machine.json") == {"pretrain": one, "finetune": one}
     for training in whole.glob("finetune/**/recipe.yaml"):
         settings = yaml.safe_load(training.read_text(encoding="utf-8"))
         assert (settings["precision"], settings["threads"]) == ("float32", 1)

@@ -31,7 +31,7 @@ class Recipe(BaseModel):
     seed: int = 0
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    threads: int = Field(0, ge=0, description="of every training; 0: one with several workers, else what there is")
+    threads: int = Field(0, ge=0, description="of every training; 0: the cores are shared by those at the same time")
     max_iterations: int | None = Field(
         None, ge=1, description="of every training (each stage), over what the parts say"
     )

@@ -63,7 +63,6 @@ def run_recipe(recipe: Recipe, workers: int | None = None) -> Path:
     out, workers = recipe.out, workers or default_workers()
     _refuse_impossible(recipe, read_dataset(recipe.data))
     runs.begin(out, "run", recipe.model_dump(mode="json", exclude={"out"}))
-    recipe = _on_this_machine(recipe, workers)
     store = preprocess(recipe.data, out / "store", recipe.preprocess, workers=workers)
     splits = [
         make_split(store.volumes, store.split, recipe.protocol, recipe.seed, index)
@@ -72,7 +71,11 @@ def run_recipe(recipe: Recipe, workers: int | None = None) -> Path:
     measured = any(measured_cases(store, split, recipe.protocol) for split in splits)
     _say(store, splits, measured)
     contenders = recipe.contenders(measured)
-    pretraining, finetuning = (make(recipe, splits, contenders) for make in (pretraining_jobs, finetuning_jobs))
+    pretraining, finetuning = pretraining_jobs(recipe, splits, contenders), finetuning_jobs(recipe, splits, contenders)
+    machine = _on_this_machine(recipe, workers, len(pretraining), len(finetuning))
+    for part, jobs in (("pretrain", pretraining), ("finetune", finetuning)):
+        for job in jobs:
+            job.arguments["settings"] |= machine[part]
     _refuse_other_data([*pretraining, *finetuning], store)
     do(pretraining, "Pre-training", workers)
     do(finetuning, "Fine-tuning", workers)
@@ -115,13 +118,20 @@ def _refuse_impossible(recipe: Recipe, dataset: Dataset) -> None:
                 )
 
 
-def _on_this_machine(recipe: Recipe, workers: int) -> Recipe:
-    """Precision and threads are decided once for all trainings of a run, and kept when it goes on elsewhere."""
+def _on_this_machine(recipe: Recipe, workers: int, pretrainings: int, finetunings: int) -> dict[str, dict[str, Any]]:
+    """Precision and threads, decided once for all pre-trainings and once for all fine-tunings of a run.
+
+    They are kept in `machine.json`, so that trainings which are compared never differ in them, whatever the run is
+    continued with.
+    """
     path = recipe.out / "machine.json"
     if not path.exists():
         precision = precision_of(device_named(recipe.device), recipe.precision)
-        write_json(path, {"precision": precision, "threads": 1 if workers > 1 else cores()})
-    return recipe.model_copy(update=read_json(path))
+        counts = {"pretrain": pretrainings, "finetune": finetunings}
+        threads = {part: recipe.threads or max(1, cores() // max(1, min(workers, n))) for part, n in counts.items()}
+        write_json(path, {part: {"precision": precision, "threads": threads[part]} for part in counts})
+    content: dict[str, dict[str, Any]] = read_json(path)
+    return content
 
 
 def split_count(recipe: Recipe, members: Sequence[Member]) -> int:
