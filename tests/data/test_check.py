@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from glocal.cli.check import check as command
-from glocal.data.check import RULES, Finding, check
+from glocal.data.check import check
 from glocal.data.dataset import write_dataset_json
+from glocal.data.findings import RULES, Finding
 from glocal.data.image import Geometry, write_volume
 
 GEOMETRY = Geometry((8, 9, 4), (1.5, 1.5, 8.0), (-10.1, 20.3, 700.7))

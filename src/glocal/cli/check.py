@@ -8,7 +8,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from glocal.data.check import CheckReport
+    from glocal.data.findings import CheckReport
 
 
 def check(

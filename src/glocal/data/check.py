@@ -7,20 +7,20 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from glocal.data import dataset as raw
+from glocal.data.findings import CheckReport, Finding, finding
 from glocal.data.image import FILE_ENDINGS, Geometry, file_ending, geometry_of, is_volume_file, read_file
 from glocal.errors import GlocalError
 from glocal.progress import track
 
-Severity = Literal["error", "warning", "note"]
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
@@ -29,70 +29,6 @@ DISTINCT = 1.1  # slices lie along the axis whose spacing is this much larger th
 TINY = 20  # voxels of foreground
 FLAT = 3  # a volume this much wider than high hardly has cubic voxels
 PLANES = dict(zip("LRPASI", ("sagittal", "sagittal", "coronal", "coronal", "axial", "axial"), strict=True))
-
-# Every rule in one place: how bad it is, and the way out.
-RULES: dict[str, tuple[Severity, str]] = {
-    "description": ("error", "Correct dataset.json; `glocal collect` writes one for a folder of images."),
-    "no-images": ("error", "Put images as CASE_0000.nii.gz into imagesTr, or let `glocal collect` do it."),
-    "image-name": ("error", "Name every image CASE_0000 plus its ending, the number being the channel."),
-    "channels": ("error", "Give every case one file per channel of channel_names in dataset.json."),
-    "subjects": ("error", "Correct subjects.tsv: one line `case<TAB>subject` for every case."),
-    "split": ("error", "Correct split.json: lists of case names, all cases of a subject in one list."),
-    "label-without-image": ("error", "Add the image, or move the label map out of labelsTr."),
-    "unreadable": ("error", "Copy or export the file again, or remove the case."),
-    "dimensions": ("error", "Store one 3-D volume per file: frames as cases, components as channels."),
-    "single-slice": ("warning", "Store whole volumes: one slice has no place in a volume to learn from."),
-    "channel-geometry": ("error", "Resample the channels of the case to one grid."),
-    "label-geometry": ("error", "Resample the label map, or copy the image's header if the voxels match."),
-    "direction": ("error", "Resample to axes at right angles, or correct the header."),
-    "direction-unknown": ("warning", "Look at it in a viewer: left, right, front and back are guesses."),
-    "not-finite": ("error", "Replace NaN and infinite voxels, for example by the value of air."),
-    "not-finite-read-as-0": ("warning", "Replace these voxels yourself if 0 is not the background."),
-    "constant": ("error", "Export the image again, or remove the case: it shows nothing."),
-    "label-not-whole": ("error", "Resample label maps with nearest neighbours; store whole numbers."),
-    "label-unknown": ("error", "Name the value under labels in dataset.json, or relabel its voxels."),
-    "label-empty": ("warning", "Remove the label map if nobody segmented the case: it then counts as unlabelled."),
-    "label-tiny": ("warning", "Look whether the label map is finished."),
-    "label-missing": ("warning", "Remove the label from dataset.json, or look whether its value is right."),
-    "no-labels": ("warning", "Pre-training works; fine-tuning and evaluation need label maps in labelsTr."),
-    "duplicate": ("error", "Remove all but one, or give them the same subject in subjects.tsv."),
-    "duplicate-in-subject": ("warning", "Remove all but one: the same image counts more than once."),
-    "count": ("warning", "Look whether files are missing, then correct numTraining in dataset.json."),
-    "orientation": ("note", "Nothing to do: their axes will be reordered."),
-    "slice-axis-mixed": ("warning", "Check one of each in a viewer; slices of different planes show different views."),
-    "slice-axis-guessed": ("note", "Set slice_axis in the recipe if that is not what you want."),
-    "placeholder-spacing": ("note", "If so, say spacing_known: false in the recipe: no distance in mm is right."),
-}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One problem: how bad, a stable code, the case (None: the dataset), what is wrong, and the way out."""
-
-    severity: Severity
-    code: str
-    case: str | None
-    message: str
-    remedy: str
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """All findings, errors first, and a summary of what was read (counts; ranges of size and spacing in x, y, z)."""
-
-    root: Path
-    findings: list[Finding]
-    summary: dict[str, Any]
-
-    @property
-    def ok(self) -> bool:
-        """Whether there are no errors; warnings and notes are allowed."""
-        return not any(finding.severity == "error" for finding in self.findings)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as plain values, for JSON."""
-        findings = [asdict(finding) for finding in self.findings]
-        return {"dataset": str(self.root), "ok": self.ok, "summary": self.summary, "findings": findings}
 
 
 @dataclass
@@ -116,12 +52,7 @@ class _Facts:
     findings: list[Finding] = field(default_factory=list)
 
     def add(self, code: str, message: str) -> None:
-        self.findings.append(_finding(code, message, self.case))
-
-
-def _finding(code: str, message: str, case: str | None = None) -> Finding:
-    severity, remedy = RULES[code]
-    return Finding(severity, code, case, message, remedy)
+        self.findings.append(finding(code, message, self.case))
 
 
 def check(root: Path, workers: int | None = None) -> CheckReport:
@@ -153,7 +84,7 @@ def _read_layout(root: Path) -> tuple[_Layout, list[Finding]]:
         try:
             return read()
         except GlocalError as error:
-            findings.append(_finding(code, str(error)))
+            findings.append(finding(code, str(error)))
             return None
 
     description = attempt("description", lambda: raw.read_description(root))
@@ -164,15 +95,15 @@ def _read_layout(root: Path) -> tuple[_Layout, list[Finding]]:
     subjects = attempt("subjects", lambda: raw.read_subjects(root, list(images))) or {}
     layout.subjects = {case: subjects.get(case, case) for case in images}
     attempt("split", lambda: raw.read_split(root, layout.subjects))
-    findings += [_finding("image-name", f"{path} has no channel number.") for path in strays]
+    findings += [finding("image-name", f"{path} has no channel number.") for path in strays]
     channels = len(description.channels) if description else max(map(len, images.values()), default=1)
     for case, files in images.items():
         if problem := raw.channel_problem(files, channels):
-            findings.append(_finding("channels", f"The case {problem}.", case))
+            findings.append(finding("channels", f"The case {problem}.", case))
     if not images:
-        findings.append(_finding("no-images", f"{root / 'imagesTr'} holds no images named CASE_0000{ending}."))
+        findings.append(finding("no-images", f"{root / 'imagesTr'} holds no images named CASE_0000{ending}."))
     for case in sorted(set(labels) - set(images)):
-        findings.append(_finding("label-without-image", f"{labels[case]} has no image.", case))
+        findings.append(finding("label-without-image", f"{labels[case]} has no image.", case))
     return layout, findings + _wrong_counts(layout)
 
 
@@ -186,10 +117,10 @@ def _wrong_counts(layout: _Layout) -> list[Finding]:
     cases, labelled = len(layout.images), len(layout.labels.keys() & layout.images.keys())
     announced = layout.description.count if layout.description else None
     if cases and not labelled:
-        findings.append(_finding("no-labels", "labelsTr holds no label map of any case."))
+        findings.append(finding("no-labels", "labelsTr holds no label map of any case."))
     if announced is not None and announced not in (cases, labelled):
         message = f"dataset.json says numTraining {announced}, but {cases} cases are here, {labelled} of them labelled."
-        findings.append(_finding("count", message))
+        findings.append(finding("count", message))
     return findings
 
 
@@ -315,7 +246,7 @@ def _absent_labels(layout: _Layout, facts: Sequence[_Facts]) -> list[Finding]:
     present = {value for fact in facts for value in fact.values}
     labels = layout.description.labels if layout.description and present else {}
     absent = [name for name, value in labels.items() if value not in present]
-    return [_finding("label-missing", f"No label map holds the label {name} ({labels[name]}).") for name in absent]
+    return [finding("label-missing", f"No label map holds the label {name} ({labels[name]}).") for name in absent]
 
 
 def _duplicates(layout: _Layout, facts: Sequence[_Facts]) -> list[Finding]:
@@ -323,7 +254,7 @@ def _duplicates(layout: _Layout, facts: Sequence[_Facts]) -> list[Finding]:
     for cases in _group((fact.digest, fact.case) for fact in facts if fact.digest).values():
         if len(cases) > 1:
             code = "duplicate" if len({layout.subjects[case] for case in cases}) > 1 else "duplicate-in-subject"
-            findings.append(_finding(code, f"The same image is in {', '.join(cases)}.", cases[0]))
+            findings.append(finding(code, f"The same image is in {', '.join(cases)}.", cases[0]))
     return findings
 
 
@@ -337,7 +268,7 @@ def _orientations(geometries: dict[str, Geometry]) -> list[Finding]:
     groups = _group((_letters(geometry), case) for case, geometry in geometries.items())
     usual, *others = groups or [""]
     return [
-        _finding("orientation", f"The axes of {raw.some(groups[found])} point to {found}, most others' to {usual}.")
+        finding("orientation", f"The axes of {raw.some(groups[found])} point to {found}, most others' to {usual}.")
         for found in others
     ]
 
@@ -355,11 +286,11 @@ def _slice_axes(geometries: dict[str, Geometry]) -> list[Finding]:
     findings = []
     if len(groups := _group(planes)) > 1:
         parts = "; ".join(f"{len(cases)} {plane} ({raw.some(cases)})" for plane, cases in groups.items())
-        findings.append(_finding("slice-axis-mixed", f"Slices are cut in different planes: {parts}."))
+        findings.append(finding("slice-axis-mixed", f"Slices are cut in different planes: {parts}."))
     if groups := _group(guesses):
         parts = ", ".join(f"{axis} in {len(cases)}" for axis, cases in groups.items())
         message = f"No axis has a clearly larger spacing in {len(guesses)} case(s); fewest slices lie along {parts}."
-        findings.append(_finding("slice-axis-guessed", message))
+        findings.append(finding("slice-axis-guessed", message))
     return findings
 
 
@@ -368,7 +299,7 @@ def _placeholder(geometries: Sequence[Geometry]) -> list[Finding]:
     if any(geometry.spacing != (1.0, 1.0, 1.0) for geometry in geometries) or 2 * flat <= len(geometries):
         return []
     message = "The spacing is exactly 1 mm in every case though the volumes are flat: it looks like a placeholder."
-    return [_finding("placeholder-spacing", message)]
+    return [finding("placeholder-spacing", message)]
 
 
 def _summary(layout: _Layout, geometries: Sequence[Geometry]) -> dict[str, Any]:

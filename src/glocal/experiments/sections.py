@@ -1,0 +1,197 @@
+"""The sections of a report: tables, pictures and curves made from what a run left behind."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from glocal import runs
+from glocal.data.dataset import Dataset, read_dataset
+from glocal.data.image import read_image, read_labels
+from glocal.data.orientation import Undo
+from glocal.data.store import Store
+from glocal.errors import GlocalError
+from glocal.evaluation.evaluate import note_counts, summary
+from glocal.evaluation.metrics import EMPTY_POLICY
+from glocal.files import read_json
+from glocal.reporting.figures import class_boxes, learning_curves, overlay_row
+from glocal.reporting.html import Picture, Section, Table
+
+METRIC_NAMES = {
+    "dice": "Dice",
+    "iou": "IoU",
+    "hd95": "HD95 (mm)",
+    "hd": "HD (mm)",
+    "assd": "ASSD (mm)",
+    "nsd": "Surface Dice",
+}
+
+
+def measured(frame: pd.DataFrame) -> list[Section]:
+    """Tables and boxes of the cases in `frame`, rows of `evaluate`."""
+    shown = [metric for metric in METRIC_NAMES if frame[metric].notna().any()]
+    statistics = summary(frame).set_index(["class", "metric"])
+    names = [str(name) for name in statistics.index.get_level_values("class").unique()]
+    mean, sd = (statistics[column].astype(float).to_dict() for column in ("mean", "sd"))
+    per_class = [[name, *(_spread(mean[(name, m)], sd[(name, m)]) for m in shown)] for name in names]
+    counts = note_counts(frame).sum()
+    odd = ", ".join(f"{int(number)} {note}" for note, number in counts.items() if number)
+    headings = [METRIC_NAMES[metric] for metric in shown]
+    tables = [
+        Table("By structure", ["Structure", *headings], per_class, EMPTY_POLICY + (f" Here: {odd}." if odd else "")),
+    ]
+    per_case = [
+        [str(row["case"]), str(row["class"]), *(f"{row[metric]:.3f}" for metric in shown), _text(row["note"])]
+        for _, row in frame.iterrows()
+    ]
+    pictures = [Picture("Dice of every case", class_boxes(frame, "dice", "Dice"), "svg")]
+    if "hd95" in shown:
+        pictures.append(Picture("HD95 of every case", class_boxes(frame, "hd95", "HD95 (mm)"), "svg"))
+    all_cases = Table("Every case and structure", ["Case", "Structure", *headings, "Note"], per_case)
+    return [
+        Section("By structure", tables=tables, pictures=pictures),
+        Section("Every case", tables=[all_cases], collapsed=True),
+    ]
+
+
+def _spread(mean: float, sd: float) -> str:
+    return f"{mean:.3f}" if np.isnan(sd) else f"{mean:.3f} ± {sd:.3f}"  # one case has no deviation
+
+
+def _text(value: Any) -> str:
+    return "" if not isinstance(value, str) else value
+
+
+def best_and_worst(run: Path, frame: pd.DataFrame) -> list[Section]:
+    """Best, median and worst case, at the slice with most of the structures."""
+    store_path = _store_of(run)
+    if store_path is None or not (run / "predictions").is_dir():
+        return []
+    store = Store.open(store_path)
+    try:
+        dataset = read_dataset(store.dataset)
+    except GlocalError:
+        return [Section("Pictures", text=f"The images are no longer in {store.dataset}, so none can be shown.")]
+    order = frame.groupby("case")["dice"].mean().sort_values(ascending=False)
+    places = {(len(order) - 1) // 2: "Median", len(order) - 1: "Worst", 0: "Best"}  # with few cases some coincide
+    picks = {name: str(order.index[place]) for place, name in sorted(places.items())}
+    pictures = [
+        Picture(
+            f"{name} case: {case}, mean Dice {order[case]:.3f}",
+            _overlay(store, dataset, run / "predictions", case),
+            "png",
+            wide=True,
+        )
+        for name, case in picks.items()
+    ]
+    return [Section("Best, median and worst case", pictures=pictures)]
+
+
+def _store_of(run: Path) -> Path | None:
+    """Where the slices of a fine-tuning are: said in its manifest."""
+    path = Path(runs.manifest_of(run).get("store", ""))
+    return path if (path / "index.json").exists() else None
+
+
+def masks(run: Path, store: Store) -> list[Section]:
+    """Some masks of the unlabelled volumes, for the eye."""
+    files = sorted(path for path in (run / "masks").glob("*") if not path.name.startswith("."))
+    if not files:
+        return []
+    dataset = read_dataset(store.dataset)
+    names = [path.name.removesuffix(dataset.file_ending) for path in files]
+    shown = names[:: max(1, len(names) // 4)][:4]
+    pictures = [Picture(name, _overlay(store, dataset, run / "masks", name), "png", wide=True) for name in shown]
+    text = f"The masks of {count(names, 'unlabelled volume')} are in {run / 'masks'}; some of them:"
+    return [Section("Masks of the unlabelled volumes", text=text, pictures=pictures)]
+
+
+def _overlay(store: Store, dataset: Dataset, masks: Path, name: str) -> bytes:
+    """The slice of a case with most of the structures: image, expert's labels if there are any, mask."""
+    case = next(case for case in dataset.cases if case.name == name)
+    undo = store.volumes[store.index_of(name)].undo
+    image = undo.oriented(read_image(case.images[:1]).array)[:, 0]
+    prediction = undo.oriented(read_labels(masks / f"{name}{dataset.file_ending}").array)[:, 0]
+    truth = undo.oriented(read_labels(case.label).array)[:, 0] if case.label else None
+    place = int(np.argmax(((prediction if truth is None else truth) != 0).sum((1, 2))))
+    title = f"{name}, slice {place + 1} of {len(image)}"
+    expert = None if truth is None else truth[place]
+    return overlay_row(image[place], expert, prediction[place], store.labels, title, _aspect(store, undo, name))
+
+
+def _aspect(store: Store, undo: Undo, name: str) -> float:
+    """Height of a pixel against its width."""
+    spacing = store.volumes[store.index_of(name)].spacing[::-1]
+    _, rows, columns = undo.order
+    return spacing[rows] / spacing[columns] if store.plan.options.spacing_known else 1.0
+
+
+def _read_log(folder: Path, key: str) -> list[tuple[float, float]]:
+    lines = pd.read_json(folder / "metrics.jsonl", lines=True)
+    if key not in lines:
+        return []
+    kept = lines[lines[key].notna()]
+    return [(float(i), float(v)) for i, v in zip(kept["iteration"], kept[key], strict=True)]
+
+
+def curve(folder: Path, key: str) -> Picture:
+    """The curve of one figure (`loss` or `validation_dice`) of one training or stage."""
+    name = f"{folder.parent.name}, {folder.name}" if folder.name.startswith("stage-") else folder.name
+    label = {"loss": "Loss", "validation_dice": "Dice on validation volumes"}[key]
+    return Picture(f"{label}: {name}", learning_curves({name: _read_log(folder, key)}, "", label), "svg")
+
+
+def curves_together(folders: Sequence[Path]) -> Picture:
+    """The losses of several fine-tunings in one picture."""
+    series = {f"{f.parent.name} {f.name.removeprefix('labels-')}": _smooth(_read_log(f, "loss")) for f in folders}
+    return Picture(
+        "Loss of the fine-tunings (means of 50 iterations)", learning_curves(series, "", "Loss"), "svg", wide=True
+    )
+
+
+def _smooth(points: list[tuple[float, float]], width: int = 5) -> list[tuple[float, float]]:
+    groups = [points[k : k + width] for k in range(0, len(points), width)]
+    return [(float(np.mean([p[0] for p in g])), float(np.mean([p[1] for p in g]))) for g in groups]
+
+
+def weights(files: Any) -> list[Section]:
+    """What was and was not transferred, once per set of weights."""
+    tables = []
+    for path in sorted(files):
+        if not path.exists():
+            continue
+        content = read_json(path)
+        rows = [[kind, str(len(names)), ", ".join(_parts(names))] for kind, names in content.items() if names]
+        tables.append(Table(f"{path.parent.parent.name}, {path.parent.name}", ["Weights", "Count", "Parts"], rows))
+    return [Section("Weights transferred", tables=tables, collapsed=True)] if tables else []
+
+
+def _parts(names: Sequence[str]) -> list[str]:
+    """`encoder.0.1.weight` -> `encoder`, `decoder.2...` -> `decoder.2`."""
+    return list(dict.fromkeys(".".join(n.split(".")[: 2 if n.startswith("decoder") else 1]) for n in names))
+
+
+def closing(run: Path) -> list[Section]:
+    """Settings and versions of a run."""
+    settings = yaml.safe_dump(runs.settings_of(run), sort_keys=False, allow_unicode=True)
+    flat = runs.flatten(yaml.safe_load(settings))
+    rows = [[key, str(value)] for key, value in flat.items() if value not in (None, "")]
+    made = runs.manifest_of(run)
+    versions = [["glocal", made["glocal"]], ["Python", made["python"]], *([k, v] for k, v in made["packages"].items())]
+    facts = [
+        ["machine", made["machine"]],
+        ["time, last start to end", f"{made['seconds']:.0f} s"],
+        ["peak memory of the process", f"{made['peak_memory_mib']} MiB"],
+    ]
+    return [
+        Section("Settings", tables=[Table("recipe.yaml", ["Key", "Value"], rows)], collapsed=True),
+        Section("Versions", tables=[Table("manifest.json", ["What", "Value"], versions + facts)], collapsed=True),
+    ]
+
+
+def count(items: Sequence[Any], noun: str) -> str:
+    """`1 volume`, `2 volumes`."""
+    return f"{len(items)} {noun}{'s' if len(items) != 1 else ''}"
