@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from glocal.contrast.collapse import collapse_value, is_collapsed
+from glocal.contrast.collapse import is_collapsed
 
 
 def spread(cosine: float, n: int = 10) -> torch.Tensor:
@@ -33,8 +33,3 @@ def test_dead_features_are_collapsed_and_one_image_is_not() -> None:
 def test_low_precision_features() -> None:
     assert bool(is_collapsed(torch.ones(4, 3, dtype=torch.bfloat16)))
     assert not bool(is_collapsed(torch.eye(4, dtype=torch.bfloat16)))
-
-
-@pytest.mark.parametrize(("count", "value"), [(50, math.log(49)), (64, math.log(63)), (2, 0.0)])
-def test_collapse_value(count: int, value: float) -> None:
-    assert collapse_value(count) == pytest.approx(value)

@@ -1,22 +1,8 @@
-"""Collapse: the network maps every image to one point, and the loss stands still at a value known beforehand."""
-
-import math
+"""Collapse: the network maps every image to one point, and the loss stands still (for PCL at ln(2B - 1))."""
 
 from torch import Tensor
 
 from glocal.contrast.losses import unit
-
-
-def collapse_value(count: int) -> float:
-    """The loss that equal embeddings give in PCL and SimCLR, ln(2B - 1): each anchor finds 2B - 1 equal candidates.
-
-    Args:
-        count: number of embeddings in a step, 2B, at least 2.
-
-    Returns:
-        The value, in the unit of `contrastive_loss` (before any scale the method applies).
-    """
-    return math.log(count - 1)
 
 
 def is_collapsed(features: Tensor, tolerance: float = 1e-4) -> Tensor:
