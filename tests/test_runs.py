@@ -1,5 +1,7 @@
 """A run folder knows the settings it was begun with, continues with these and no others, and says when it is done."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import pytest
 
 from glocal import __version__, runs
 from glocal.errors import GlocalError
+from glocal.runs import held
 
 SETTINGS: dict[str, Any] = {
     "seed": 0,
@@ -108,3 +111,19 @@ def test_no_run_is_said(tmp_path: Path) -> None:
 def test_nested_settings_become_one_level() -> None:
     nested = {"a": {"b": {"c": 1}, "d": [2, {"e": 3}]}, "f": {}, "g": None}
     assert runs.flatten(nested) == {"a.b.c": 1, "a.d": [2, {"e": 3}], "g": None}
+
+
+def test_a_folder_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from glocal.runs import held\n"
+        "with held(Path(sys.argv[1])): print(flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    other.stdout.readline()
+    with pytest.raises(GlocalError, match="Another process is working in"), held(tmp_path / "run"):
+        pass
+    other.kill()  # as it may happen: nothing is left that would hold the folder
+    other.wait()
+    with held(tmp_path / "run"):
+        pass

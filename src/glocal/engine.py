@@ -25,6 +25,7 @@ from glocal.errors import GlocalError
 from glocal.files import replacing, write_text
 from glocal.progress import console, progress
 from glocal.randomness import seed_of
+from glocal.runs import held
 
 CHECKPOINT_SECONDS = 30.0
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces its precision at every start
@@ -121,8 +122,21 @@ def train(
         Warnings in plain words.
 
     Raises:
-        GlocalError: the loss is not finite, or the folder's checkpoint does not belong to this learner.
+        GlocalError: the loss is not finite, the folder's checkpoint does not belong to this learner, or another process
+            works in the folder.
     """
+    with held(folder):
+        return _train(learner, options, folder, description, evaluate, evaluate_every)
+
+
+def _train(
+    learner: nn.Module,
+    options: TrainingOptions,
+    folder: Path,
+    description: str,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None,
+    evaluate_every: int,
+) -> list[str]:
     checkpoint = folder / "checkpoint.safetensors"
     state = _read_state(checkpoint)
     fabric = fabric_for(

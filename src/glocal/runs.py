@@ -1,8 +1,11 @@
 """A run is a folder: the settings it was begun with, what made it, and whether it is done."""
 
+import fcntl
 import platform
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -58,6 +61,24 @@ def _refuse_difference(folder: Path, begun: dict[str, Any], now: dict[str, Any])
                 f"{folder} was begun with {key}={old.get(key)}, now it is {new.get(key)}: "
                 "choose another run folder, or give the first value to continue."
             )
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder while writing into it; the system lets go of it when this process ends, however it ends.
+
+    Raises:
+        GlocalError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise GlocalError(
+                f"Another process is working in {folder}: wait until it has ended, or choose another folder."
+            ) from error
+        yield
 
 
 def settings_of(folder: Path) -> dict[str, Any]:

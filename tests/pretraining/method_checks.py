@@ -27,7 +27,7 @@ class MethodChecks:
 
     @pytest.fixture
     def settings(self, cheap: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-        return {**cheap, "method": self.method, "max_iterations": 3, **options}
+        return {**cheap, "method": self.method, "max_iterations": 2, **options}
 
     def stages(self, settings: dict[str, Any], store: Store, cases: tuple[str, ...] = ALL) -> list[Stage]:
         options: Any = pretraining_options(settings)
@@ -39,7 +39,7 @@ class MethodChecks:
 
     def test_it_learns_one_batch(self, settings: dict[str, Any], store: Store) -> None:
         for stage in self.stages(settings, store):
-            optimizer = torch.optim.Adam([p for p in stage.parameters() if p.requires_grad], lr=5e-3)
+            optimizer = torch.optim.Adam([p for p in stage.parameters() if p.requires_grad], lr=0.01)
             losses = []
             for _ in range(40):
                 loss = stage.losses(0)["loss"]

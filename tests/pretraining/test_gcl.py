@@ -12,9 +12,12 @@ from glocal.data.sampling import Pool, Slices
 from glocal.data.split import Split
 from glocal.data.store import Store
 from glocal.errors import GlocalError
-from glocal.pretraining.base import Stage
+from glocal.networks.heads import GlobalHead
+from glocal.pretraining import gcl
+from glocal.pretraining.base import COLLAPSED, Stage
 from glocal.pretraining.gcl import Global, Local
 from glocal.pretraining.pretrain import pretrain
+from glocal.runs import manifest_of
 
 WIDTHS = {"hidden": 32, "outputs": 16, "batch": 6, "volumes": 3, "local_batch": 4, "blocks": 1}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -111,7 +114,7 @@ def test_the_local_loss_is_the_paper_s(
     local: str, kernel: Any, negatives: Any, store: Store, cheap: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {**cheap, **WIDTHS, "method": "gcl", "local": local, "kernel": kernel, "negatives": negatives}
-    options |= {"volumes": 2, "local_batch": 2, "augmentation": {"spatial": {"rotation": 90}}}
+    options |= {"volumes": 2, "local_batch": 9, "augmentation": {"spatial": {"rotation": 90}}}
     stage: Any = TestGCL().stages(options, store)[1]
     slices, inputs, maps, loss = seen(stage, "g2", 1, monkeypatch)
     n = len(slices)
@@ -134,6 +137,8 @@ def test_the_local_loss_is_the_paper_s(
 
     repelling = local_masks(13, kernel, negatives)[1]
     volume, partition = slices.volume.tolist(), (slices.number * 4 // slices.count).tolist()
+    alike = {(partition[a], volume[a]) for a in range(n)}
+    assert len(alike) > len({part for part, _ in alike}), "L^R and L^D would be the same"
     terms = []
     for u in range(2 * n):
         for v in range(2 * n):
@@ -160,6 +165,31 @@ def test_the_second_stage_builds_on_the_first(mode: str, store: Store, tmp_path:
     assert all(weights[name].equal(first[name]) == (mode == "eval") for name in statistics)
     assert all(weights[name].equal(value) for name, value in first.items() if name.endswith(("weight", "bias")))
     assert weights.keys() == load_file(tmp_path / "stage-2-local" / "model.safetensors").keys()
+
+
+class Constant(GlobalHead):
+    """A head that has collapsed: one vector for every image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0 * super().forward(x) + 1
+
+
+def test_what_the_first_stage_warned_of_is_kept_when_the_second_is_stopped(
+    store: Store, tmp_path: Path, cheap: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(stage: Stage, step: int) -> dict[str, Tensor]:
+        raise KeyboardInterrupt
+
+    settings, split = {**cheap, **WIDTHS, "method": "gcl", "max_iterations": 1}, Split(0, ALL, (), ())
+    monkeypatch.setattr(gcl, "GlobalHead", Constant)
+    with monkeypatch.context() as patch:
+        patch.setattr(Local, "losses", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(store, tmp_path / "run", settings, split=split)
+    pretrain(store, tmp_path / "run", settings, split=split)
+    assert manifest_of(tmp_path / "run")["warnings"] == [COLLAPSED]
+    with pytest.raises(GlocalError, match="begun with another split of the cases"):
+        pretrain(store, tmp_path / "run", settings, split=Split(0, ALL[1:], (), ()))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,10 @@ from glocal.pretraining.base import COLLAPSED, Stage
 from glocal.pretraining.pretrain import pretrain
 from glocal.runs import manifest_of
 
-WIDTHS = {"hidden": 32, "outputs": 16, "batch": 8}
+WIDTHS = {"hidden": 32, "outputs": 16, "batch": 16}
 OPTIONS = {
     "position, pooled": {},
-    "position, flat": {"head": "flat", "position": "centre", "threshold": 0.23},
+    "position, flat": {"head": "flat", "position": "centre", "threshold": 0.06},
     "partition, pooled": {"labels": "partition"},
     "partition, flat": {"labels": "partition", "head": "flat", "scale": "none"},
 }
@@ -30,7 +31,7 @@ class TestPCL(MethodChecks):
 
     def lowest(self, stage: Stage) -> float:
         """Positives stand in the denominator too: k equal ones and nothing else give ln k."""
-        positive = attracting(stage, stage.pool.epoch(stage.options.batch, stage.options.seed, 0))
+        positive = attracting(stage.options, stage.pool.epoch(stage.options.batch, stage.options.seed, 0))
         scale = stage.options.temperature / 0.07 if stage.options.scale == "supcon" else 1.0
         return float(positive.sum(1).log().mean()) * scale
 
@@ -39,23 +40,32 @@ class TestPCL(MethodChecks):
         seen: list[Tensor] = []
         stage.head.register_forward_hook(lambda *call: seen.append(call[2]))
         loss = stage.losses(2)["loss"]
-        slices = stage.pool.epoch(8, settings["seed"], 2)
-        assert len(set(slices.index.tolist())) == len(slices) == 8
+        slices = stage.pool.epoch(16, settings["seed"], 2)
+        assert len(set(slices.index.tolist())) == len(slices) == 16
+        for key, other in (
+            ("labels", "partition"),
+            ("labels", "position"),
+            ("position", "pcl"),
+            ("position", "centre"),
+        ):
+            if getattr(stage.options, key) != other and (key, stage.options.labels) != ("position", "partition"):
+                changed = SimpleNamespace(**{**dict(stage.options), key: other})
+                assert not attracting(changed, slices).equal(attracting(stage.options, slices)), (key, other)
         unit = nn.functional.normalize(seen[0].detach().double(), dim=1)
-        similarity, positive = unit @ unit.T / 0.1, attracting(stage, slices)
+        similarity, positive = unit @ unit.T / 0.1, attracting(stage.options, slices)
         terms = []
-        for i in range(16):
-            others = [k for k in range(16) if k != i]
+        for i in range(32):
+            others = [k for k in range(32) if k != i]
             denominator = similarity[i, others].exp().sum()
             mine = [j for j in others if positive[i, j]]
             terms.append(-sum((similarity[i, j].exp() / denominator).log() for j in mine) / len(mine))
         scale = 0.1 / 0.07 if settings.get("scale", "supcon") == "supcon" else 1.0
-        torch.testing.assert_close(loss.double(), scale * sum(terms) / 16, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(loss.double(), scale * sum(terms) / 32, rtol=1e-5, atol=1e-5)
 
 
-def attracting(stage: Stage, slices: Slices) -> Tensor:
+def attracting(o: Any, slices: Slices) -> Tensor:
     """Who attracts whom among the two views of the slices, pair by pair, from Zeng et al. and their code."""
-    o, n = stage.options, len(slices)
+    n = len(slices)
     number, count = slices.number.tolist() * 2, slices.count.tolist() * 2
 
     def same(i: int, j: int) -> bool:

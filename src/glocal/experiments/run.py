@@ -63,6 +63,18 @@ def run_recipe(recipe: Recipe, workers: int | None = None) -> Path:
     out, workers = recipe.out, workers or default_workers()
     _refuse_impossible(recipe, read_dataset(recipe.data))
     runs.begin(out, "run", recipe.model_dump(mode="json", exclude={"out"}))
+    with runs.held(out):
+        _whole_road(recipe, workers)
+        if not runs.finished(out):
+            runs.finish(out, started, kind="run", warnings=[])
+        report(out)
+    for warning in warnings_below(out):
+        console.print(f"Warning: {warning}", style="yellow", markup=False)
+    return out
+
+
+def _whole_road(recipe: Recipe, workers: int) -> None:
+    out = recipe.out
     store = preprocess(recipe.data, out / "store", recipe.preprocess, workers=workers)
     splits = [
         make_split(store.volumes, store.split, recipe.protocol, recipe.seed, index)
@@ -82,12 +94,6 @@ def run_recipe(recipe: Recipe, workers: int | None = None) -> Path:
     write_json(out / "split.json", {"splits": [split.__dict__ for split in splits]})
     write_tables(out)
     write_masks(store, finetuning[-1].folder, out / "masks", device_named(recipe.device))
-    if not runs.finished(out):
-        runs.finish(out, started, kind="run", warnings=[])
-    report(out)
-    for warning in warnings_below(out):
-        console.print(f"Warning: {warning}", style="yellow", markup=False)
-    return out
 
 
 def write_masks(store: Store, training: Path, folder: Path, device: torch.device) -> None:
