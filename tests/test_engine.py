@@ -1,11 +1,9 @@
 import json
-import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from math import cos, pi
 from pathlib import Path
 from typing import Any
@@ -224,12 +222,11 @@ def test_tensorboard_gets_the_figures(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     module = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path / 'mlruns'}")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    yield module
-    logging.getLogger("mlflow").setLevel(logging.NOTSET)
+    return module
 
 
 def test_mlflow_gets_the_figures_of_one_run(tmp_path: Path, mlflow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,6 +241,18 @@ def test_mlflow_gets_the_figures_of_one_run(tmp_path: Path, mlflow: Any, monkeyp
     assert run.info.run_name == "out/pcl/stage-1"
     assert run.info.status == "FINISHED"
     assert [figure.step for figure in client.get_metric_history(run.info.run_id, "loss")] == [1, 10, 12]
+
+
+def test_mlflow_that_fails_is_said(tmp_path: Path, mlflow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    logger = make_logger("mlflow", folder)
+    (folder / "mlflow_run").write_text("of another server")
+    with pytest.raises(GlocalError, match=r"MLflow failed \(.*\): set MLFLOW_TRACKING_URI"):
+        make_logger("mlflow", folder).log_metrics({"loss": 1.0}, 1)
+    logger.log_metrics({"loss": 1.0}, 1)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "unknown://somewhere")
+    with pytest.raises(GlocalError, match=r"MLflow failed \(.*\): set MLFLOW_TRACKING_URI"):
+        make_logger("mlflow", tmp_path / "other")
 
 
 def test_mlflow_that_is_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

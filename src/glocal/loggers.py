@@ -1,6 +1,7 @@
 """Where figures go besides `metrics.jsonl`: TensorBoard, and MLflow for groups that keep a server of their own."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ def make_logger(name: str, folder: Path) -> Logger:
     """The logger `name` (`tensorboard` or `mlflow`) of the run in `folder`.
 
     Raises:
-        GlocalError: MLflow is asked for and not installed.
+        GlocalError: MLflow is asked for, and not installed or not reachable.
     """
     if name == "tensorboard":
         return TensorBoardLogger(root_dir=folder, name="tensorboard", version="")
@@ -23,23 +24,25 @@ def make_logger(name: str, folder: Path) -> Logger:
 
 
 class MLflowLogger(Logger):
-    """Figures to the MLflow server that `MLFLOW_TRACKING_URI` names (MLflow's own default otherwise)."""
+    """Figures to the MLflow server that `MLFLOW_TRACKING_URI` names (MLflow's own default otherwise).
+
+    Raises:
+        GlocalError: from every method, when MLflow fails.
+    """
 
     def __init__(self, folder: Path) -> None:
         try:
             import mlflow
         except ImportError as error:
             raise GlocalError("log=[mlflow] needs MLflow: pip install mlflow-skinny.") from error
-        experiment = mlflow.set_experiment("glocal")
-        self._client = mlflow.MlflowClient()
-        # A run that continues writes into its first MLflow run.
-        known = folder / "mlflow_run"
-        if known.exists():
-            self._run = known.read_text(encoding="utf-8")
-        else:
-            run = self._client.create_run(experiment.experiment_id, run_name="/".join(folder.parts[-3:]))
-            self._run = run.info.run_id
-            write_text(known, self._run)
+        known = folder / "mlflow_run"  # a run that continues writes into its first MLflow run
+        with _explained():
+            experiment = mlflow.set_experiment("glocal")
+            self._client = mlflow.MlflowClient()
+            if not known.exists():
+                run = self._client.create_run(experiment.experiment_id, run_name="/".join(folder.parts[-3:]))
+                write_text(known, run.info.run_id)
+        self._run = known.read_text(encoding="utf-8")
 
     @property
     def name(self) -> str:
@@ -53,14 +56,30 @@ class MLflowLogger(Logger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Send figures of one iteration."""
-        for key, value in metrics.items():
-            self._client.log_metric(self._run, key, float(value), step=step)
+        with _explained():
+            for key, value in metrics.items():
+                self._client.log_metric(self._run, key, float(value), step=step)
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Send settings."""
-        for key, value in dict(params).items():
-            self._client.log_param(self._run, key, value)
+        with _explained():
+            for key, value in dict(params).items():
+                self._client.log_param(self._run, key, value)
 
     def finalize(self, status: str) -> None:
         """Mark the MLflow run as ended."""
-        self._client.set_terminated(self._run)
+        with _explained():
+            self._client.set_terminated(self._run)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        raise GlocalError(
+            f"MLflow failed ({str(error).strip().splitlines()[0]}): set MLFLOW_TRACKING_URI to a server that answers, "
+            "or leave mlflow out of log; a begun run continues either way."
+        ) from error

@@ -2,6 +2,8 @@
 
 import gzip
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +245,18 @@ def test_a_dicom_series_is_one_volume(tmp_path: Path) -> None:
     assert volume.geometry == Geometry((7, 6, 4), (1.5, 1.5, 5.0), (1.0, 2.0, 0.0))
     write_like(tmp_path / "mask.nii.gz", np.ones((4, 6, 7), np.uint8), tmp_path)
     assert geometry_of(read_file(tmp_path / "mask.nii.gz")).spacing == (1.5, 1.5, 5.0)
+
+
+def test_the_slices_of_a_series_have_one_order_from_the_first_reading_on(tmp_path: Path) -> None:
+    """In a process of its own: GDCM sorts by file name until ITK has read an image."""
+    write_dicom(tmp_path, places=(15, 10, 5, 0))  # named against their places
+    code = (
+        "import sys; from pathlib import Path; from glocal.data.image import read_image\n"
+        "for _ in range(2): print(*read_image([Path(sys.argv[1])]).array[0, :, 0, 0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    first, second = done.stdout.splitlines()
+    assert first == second == "30.0 20.0 10.0 0.0"
 
 
 def test_dicom_folders_that_are_no_volume(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -128,7 +129,16 @@ def dicom_series(folder: Path) -> tuple[str, ...]:
 
 def dicom_files(folder: Path, series: str) -> tuple[str, ...]:
     """The files of one DICOM series, in the order of their slices."""
-    return tuple(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series))
+    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series)
+    if files:
+        # GDCM sorts some storage classes by name until ITK has read one image, and by place from then on: a mask would
+        # be written in another order than its image was read in.
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(files[0])
+        with suppress(RuntimeError):  # reading the series says what is wrong with it
+            reader.ReadImageInformation()
+        files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series)
+    return tuple(files)
 
 
 def read_dicom(folder: Path, series: str) -> sitk.Image:
