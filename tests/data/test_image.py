@@ -48,7 +48,11 @@ def codes(path: Path) -> tuple[int, ...]:
 
 
 def write_dicom(
-    folder: Path, uid: str = "1.2.3", places: tuple[float, ...] = (0, 5, 10, 15), patient: str = "P7"
+    folder: Path,
+    uid: str = "1.2.3",
+    places: tuple[float, ...] = (0, 5, 10, 15),
+    patient: str = "P7",
+    modality: str = "MR",
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     writer = sitk.ImageFileWriter()
@@ -58,7 +62,7 @@ def write_dicom(
         image.SetSpacing((1.5, 1.5, 5.0))
         tags = {
             "0008|0018": f"{uid}.9.{number}",
-            "0008|0060": "MR",
+            "0008|0060": modality,
             "0010|0010": "DOE^JOHN",
             "0010|0020": patient,
             "0020|000d": f"{uid}.1",
@@ -249,7 +253,7 @@ def test_a_dicom_series_is_one_volume(tmp_path: Path) -> None:
 
 def test_the_slices_of_a_series_have_one_order_from_the_first_reading_on(tmp_path: Path) -> None:
     """In a process of its own: GDCM sorts by file name until ITK has read an image."""
-    write_dicom(tmp_path, places=(15, 10, 5, 0))  # named against their places
+    write_dicom(tmp_path, places=(15, 10, 5, 0), modality="OT")  # secondary capture, named against their places
     code = (
         "import sys; from pathlib import Path; from glocal.data.image import read_image\n"
         "for _ in range(2): print(*read_image([Path(sys.argv[1])]).array[0, :, 0, 0])"
