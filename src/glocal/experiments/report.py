@@ -151,13 +151,19 @@ def _budget(labels: Any) -> str:
 
 
 def _key_figures(run: Path) -> list[tuple[str, str]]:
+    """For the smallest budgets: random weights, the best contender and what it gained."""
     rows = read_table(run)
-    smallest = [row for row in rows if row["labels"] == rows[0]["labels"]]
-    figures = [(f"Dice, {row['contender']}, {row['labels']} labelled", row["dice"].split(" ")[0]) for row in smallest]
-    gains = [
-        (f"{row['contender']} against random", row["difference"].split(" ")[0]) for row in smallest if row["difference"]
-    ]
-    return (figures + gains)[:6]
+    figures: list[tuple[str, str]] = []
+    for labels in list(dict.fromkeys(row["labels"] for row in rows))[:2]:
+        of_budget = [row for row in rows if row["labels"] == labels]
+        base = next((row for row in of_budget if row["contender"] == "random"), None)
+        best = max(of_budget, key=lambda row: float(row["dice"].split(" ")[0]) if row is not base else -1.0)
+        for row in (base, best) if base not in (None, best) else (best,):
+            assert row is not None
+            figures.append((f"Dice, {row['contender']}, {labels} labelled", row["dice"].split(" ")[0]))
+        if best["difference"]:
+            figures.append((f"{best['contender']} against random", best["difference"].split(" ")[0]))
+    return figures
 
 
 def _comparison(run: Path, results: pd.DataFrame) -> Section:
