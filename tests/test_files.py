@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from glocal.errors import GlocalError
-from glocal.files import digest, explained, read_json, replacing, write_csv, write_json, write_text
+from glocal.files import digest, explained, read_json, replacing, write_json, write_text
 
 
 def full(*_: object) -> None:
@@ -129,13 +129,6 @@ def test_json_that_cannot_be_read_is_one_sentence(tmp_path: Path, content: bytes
 def test_a_folder_is_no_json_file(tmp_path: Path) -> None:
     with pytest.raises(GlocalError, match="cannot be read"):
         read_json(tmp_path)
-
-
-def test_tables_have_the_keys_as_header(tmp_path: Path) -> None:
-    write_csv(tmp_path / "a.csv", [{"case": "a, b", "dice": 0.5}, {"case": "c", "dice": 1}])
-    assert (tmp_path / "a.csv").read_text(encoding="utf-8").split() == ["case,dice", '"a,', 'b",0.5', "c,1"]
-    write_csv(tmp_path / "empty.csv", [])
-    assert (tmp_path / "empty.csv").read_text(encoding="utf-8").strip() == ""
 
 
 def test_the_digest_is_sha256(tmp_path: Path) -> None:

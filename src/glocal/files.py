@@ -1,13 +1,12 @@
 """Files that are whole or absent: everything is written beside its target, flushed to disk, then renamed."""
 
-import csv
 import errno
 import hashlib
 import json
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -86,14 +85,6 @@ def read_json(path: Path) -> Any:
         raise GlocalError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}): correct that line.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise GlocalError(f"{path} cannot be read: {error}.") from error
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows with equal keys as a CSV file, atomically; the keys of the first row are the header."""
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def digest(path: Path) -> str:

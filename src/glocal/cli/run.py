@@ -13,7 +13,8 @@ def run(
         typer.Argument(metavar="KEY=VALUE", help="data=DATASET out=RUN, and any setting of the recipe."),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Trainings at the same time, each with one thread; default: one per core.")
+        int | None,
+        typer.Option(min=1, help="Trainings at the same time, which share the cores; default: one per core."),
     ] = None,
 ) -> None:
     """Preprocess, pre-train, fine-tune, predict, evaluate and report as a recipe says; started again, it continues."""

@@ -1,4 +1,4 @@
-"""The runs a recipe asks for, and doing them: in this process, or several at once with one thread each."""
+"""The runs a recipe asks for, and doing them: in this process, or several processes at once."""
 
 import os
 import sys
@@ -31,7 +31,7 @@ class Job:
 
 
 def do(jobs: Sequence[Job], description: str, workers: int) -> None:
-    """Do the jobs that are not done yet; with several workers each has one thread.
+    """Do the jobs that are not done yet, `workers` of them at the same time.
 
     Raises:
         GlocalError: a job's own, after the jobs that were running have been stopped; or a process was killed.

@@ -42,7 +42,7 @@ def run(recipe: str, words: Sequence[str] = (), workers: int | None = None) -> P
     Args:
         recipe: the name of a packaged recipe, or a YAML file.
         words: `key=value` settings over the recipe's; `data` and `out` are needed somewhere.
-        workers: runs at the same time, each with one thread; None decides by the machine.
+        workers: runs at the same time, which share the cores; None decides by the machine.
 
     Returns:
         The run folder, with `results.csv`, `table.md` and `report.html`.
