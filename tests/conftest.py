@@ -1,6 +1,7 @@
 """A dataset so small that every test may train on it."""
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from glocal.data.store import Store
 from glocal.files import write_json
 from glocal.finetuning.finetune import finetune
 from glocal.pretraining.pretrain import pretrain
+
+sys.path.append(str(Path(__file__).parent))  # for `pair`
 
 SLICES = {"case0": 5, "case1": 6, "case2": 7, "case3": 8, "case4": 5, "case5": 6}
 SPLIT = {"pretrain": ["case0", "case1", "case2", "case3"], "development": ["case4"], "test": ["case5"]}
@@ -98,9 +101,19 @@ def pretrained(store: Store, cheap: dict[str, Any], tmp_path_factory: pytest.Tem
 def finetuned(store: Store, pretrained: Path, cheap: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a fine-tuning on two volumes, with one for validation: it has learnt its simple task."""
     run = tmp_path_factory.mktemp("finetuned") / "run"
-    settings = {"labels": 2, "validation": 1, "max_iterations": 100, "batch": 6, "learning_rate": 0.01}
+    settings = {"labels": 2, "validation": 1, "max_iterations": 150, "batch": 6, "learning_rate": 0.01}
     finetune(store, run, {**cheap, **settings, "evaluate_every": 25}, pretrained)
     return run
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[Any]:
+    """Two processes that train as one."""
+    from pair import Pair
+
+    two = Pair()
+    yield two
+    two.close()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from glocal import engine
+from glocal import devices, engine
+from glocal.checkpoints import training_state
 from glocal.data.store import Store
-from glocal.engine import TrainingOptions, device_named, fabric_for, learning_rate_factor, train, training_state
+from glocal.devices import device_named, fabric_for
+from glocal.engine import TrainingOptions, learning_rate_factor, train
 from glocal.errors import GlocalError
 from glocal.experiments.steps import pretrain_with
 from glocal.loggers import make_logger
@@ -200,11 +202,11 @@ def test_bfloat16_stays_finite_and_is_remembered(tmp_path: Path, monkeypatch: py
     train(exact, options(), tmp_path / "exact", "test")
     assert not same(exact.state_dict(), learner.state_dict())
     # A machine without such units continues with what the run was begun with.
-    monkeypatch.setattr(engine, "_has_bfloat16_units", lambda device: False)
+    monkeypatch.setattr(devices, "_has_bfloat16_units", lambda device: False)
     train(Learner(), options(precision="auto"), tmp_path, "test")
     assert training_state(tmp_path)["precision"] == "bfloat16"
     assert "32" in str(fabric_for(torch.device("cpu"), "auto")._precision.precision)
-    monkeypatch.setattr(engine, "_has_bfloat16_units", lambda device: True)
+    monkeypatch.setattr(devices, "_has_bfloat16_units", lambda device: True)
     assert "bf16" in str(fabric_for(torch.device("cpu"), "auto")._precision.precision)
 
 
@@ -214,7 +216,7 @@ def test_tensorboard_gets_the_figures(tmp_path: Path) -> None:
     train(Learner(), options(log=("tensorboard",)), tmp_path, "test", lambda module: {"score": 0.25}, 6)
     (file,) = tmp_path.rglob("events.out.tfevents*")
     events = EventAccumulator(str(file)).Reload()
-    assert set(events.Tags()["scalars"]) == {"loss", "largest", "score"}
+    assert set(events.Tags()["scalars"]) == {"loss", "largest", "score", "learning_rate"}
     assert [(event.step, event.value) for event in events.Scalars("score")] == [(6, 0.25), (12, 0.25)]
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [line["loss"] for line in written if "loss" in line]
@@ -263,7 +265,7 @@ def test_mlflow_that_is_not_installed_is_said(tmp_path: Path, monkeypatch: pytes
 
 PRETRAIN = """
 import sys
-from glocal import engine
+from glocal import devices, engine
 from glocal.cli import main
 engine.CHECKPOINT_SECONDS = -1.0
 sys.argv = ["glocal", "pretrain", *sys.argv[1:]]

@@ -24,6 +24,21 @@ def test_importing_the_package_imports_nothing_else() -> None:
     assert not {"torch", "numpy", "typer", "yaml"} & set(loaded)
 
 
+@pytest.mark.parametrize(
+    ("module", "spared"),
+    [
+        ("glocal.cli", ["numpy", "pydantic", "yaml", "rich.progress"]),
+        ("glocal.data.check", ["torch", "pydantic", "pandas", "scipy", "matplotlib", "monai"]),
+        ("glocal.pretraining.pretrain", ["pandas", "scipy", "matplotlib", "monai", "mlflow", "tensorboard"]),
+        ("glocal.finetuning.losses", ["monai"]),
+    ],
+)
+def test_nothing_slow_is_imported_before_it_is_needed(module: str, spared: list[str]) -> None:
+    code = f"import sys, {module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(spared) & set(done.stdout.split())
+
+
 @pytest.mark.parametrize("name", glocal.__all__)
 def test_every_command_is_a_documented_function(name: str) -> None:
     function = getattr(glocal, name)

@@ -210,6 +210,42 @@ def test_the_message_says_which_values_differ(root: Path) -> None:
     assert "origin" not in message
 
 
+def test_every_value_of_a_label_map_is_seen_wherever_it_lies(root: Path) -> None:
+    place = replace(GEOMETRY, direction=OBLIQUE)
+    scattered = np.random.default_rng(0).integers(0, 7, (4, 9, 8))
+    label(root, "a", scattered.astype(np.int16), place)
+    assert "does not name: 3, 4, 5 and 1 more" in found(root)["label-unknown"].message
+    for corner in (0, -1):
+        single = np.zeros((4, 9, 8), np.float32)
+        single.flat[corner] = 2
+        label(root, "a", single, place)
+        assert "only 1 voxel(s)" in found(root)["label-tiny"].message
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_label_value_that_is_no_number_is_not_whole(root: Path, value: float) -> None:
+    sheared(root)
+    (root / "labelsTr").mkdir()
+    write_volume(root / "labelsTr/a.mha", with_value(value), GEOMETRY)
+    assert f"not whole numbers: {value}." in found(root)["label-not-whole"].message
+
+
+def test_the_same_image_is_found_in_another_voxel_type_and_not_where_a_voxel_differs(root: Path) -> None:
+    place = replace(GEOMETRY, direction=OBLIQUE)
+    voxels = np.arange(288).reshape(4, 9, 8)
+    write_volume(root / "imagesTr/a_0000.nii.gz", voxels.astype(np.int16), place)
+    write_volume(root / "imagesTr/b_0000.nii.gz", voxels.astype(np.float64), place)
+    voxels[-1, -1, -1] += 1
+    write_volume(root / "imagesTr/c_0000.nii.gz", voxels.astype(np.uint16), place)
+    assert found(root)["duplicate"].message == "The same image is in a, b."
+
+
+def test_it_names_the_same_in_threads_as_alone(root: Path) -> None:
+    truncate(root)
+    label(root, "b", with_value(9))
+    assert check(root, workers=3).as_dict() == check(root, workers=1).as_dict()
+
+
 def test_several_defects_are_told_at_once_errors_first(root: Path) -> None:
     truncate(root)
     image(root, "b", np.zeros((4, 9, 8)), replace(GEOMETRY, direction=OBLIQUE))

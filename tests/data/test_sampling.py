@@ -115,6 +115,32 @@ def test_a_pass_shows_a_slice_at_most_once_and_drops_the_incomplete_batch(slices
     assert {i for order in passes for i in order} == set(range(slices))
 
 
+def test_a_pass_is_shuffled_once_whatever_was_asked_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = pool_of([9, 10, 11], cases=[0, 2])
+    expected = [
+        pool.slices[torch.randperm(20, generator=generator(seed, "epoch", passes))][place : place + 5].tolist()
+        for seed in (3, 4)
+        for passes in (0, 1)
+        for place in (0, 5, 10, 15)
+    ]
+    drawn, randperm = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda *args, **kwargs: drawn.append(args) or randperm(*args, **kwargs))
+    keys = [(seed, step) for seed in (3, 4) for step in range(8)]
+    assert [pool.epoch(5, *key).index.tolist() for key in keys] == expected
+    assert drawn == [(20,)] * 4
+    assert [pool.epoch(5, *key).index.tolist() for key in reversed(keys)] == expected[::-1]
+
+
+def test_slices_are_taken_by_range_by_number_and_by_mask() -> None:
+    slices = pool_of([4, 5]).epoch(9, 0, 0)
+    rows = torch.tensor([4, 0, 7])
+    for taken, places in ((slices[2:8:3], [2, 5]), (slices[rows], [4, 0, 7]), (slices[slices.volume == 1], None)):
+        expected = (slices.volume == 1).nonzero().squeeze(1).tolist() if places is None else places
+        assert len(taken) == len(expected)
+        for name in ("index", "volume", "number", "count"):
+            assert getattr(taken, name).tolist() == [getattr(slices, name).tolist()[k] for k in expected]
+
+
 def test_a_pool_smaller_than_the_batch_gives_all_its_slices_every_time() -> None:
     pool = pool_of([2, 3])
     assert [sorted(pool.epoch(20, 0, step).index.tolist()) for step in range(3)] == [[0, 1, 2, 3, 4]] * 3

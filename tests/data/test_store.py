@@ -1,5 +1,8 @@
+import gc
 import json
+import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +102,76 @@ def test_no_volume_is_opened_before_it_is_needed(raw: Path) -> None:
         store.volume("b")
     with pytest.raises(GlocalError, match="no case nobody"):
         store.volume("nobody")
+
+
+def resaved(path: Path, dtype: str) -> None:
+    np.save(path, np.load(path).astype(dtype))
+
+
+@pytest.mark.parametrize("memory_limit", [0, 2**30])
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda path: os.truncate(path, path.stat().st_size - 1), "b.npy is missing or damaged: delete the store"),
+        (lambda path: os.truncate(path, 70), "b.npy is missing or damaged"),
+        (lambda path: os.truncate(path, 0), "b.npy is missing or damaged"),
+        (lambda path: shutil.copy(path.parent / "a.npy", path), "b.npy does not fit the store's index"),
+        (lambda path: resaved(path, "float32"), "b.npy does not fit the store's index"),
+    ],
+)
+def test_a_damaged_volume_is_one_sentence(
+    raw: Path, memory_limit: int, spoil: Callable[[Path], None], sentence: str
+) -> None:
+    prepared(raw)
+    spoil(raw.parent / "store" / "images" / "b.npy")
+    with pytest.raises(GlocalError, match=sentence):
+        Store.open(raw.parent / "store", memory_limit).images(torch.tensor([4]))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts file handles as Linux lists them")
+def test_maps_are_kept_but_hold_no_file_handles(raw: Path) -> None:
+    prepared(raw)
+    store = Store.open(raw.parent / "store", memory_limit=0)
+    before = len(os.listdir("/proc/self/fd"))
+    images = store.images(torch.arange(14))
+    assert len(os.listdir("/proc/self/fd")) == before
+    shutil.rmtree(raw.parent / "store" / "images")
+    assert torch.equal(store.images(torch.arange(14)), images)
+
+
+def test_more_volumes_than_maps_give_the_same(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = prepared(raw).images(torch.arange(14))
+    monkeypatch.setattr("glocal.data.store._MAPS", 1)
+    store = Store.open(raw.parent / "store", memory_limit=0)
+    assert torch.equal(store.images(torch.arange(14).flip(0)), expected.flip(0))
+    shutil.rmtree(raw.parent / "store" / "images")
+    with pytest.raises(GlocalError, match="missing"):  # the bound holds
+        store.images(torch.arange(14))
+
+
+@pytest.mark.parametrize("memory_limit", [0, 2**30])
+@pytest.mark.parametrize("used_before", [False, True])
+def test_slices_come_out_on_the_device_of_the_store(raw: Path, memory_limit: int, used_before: bool) -> None:
+    prepared(raw)
+    store = Store.open(raw.parent / "store", memory_limit)
+    if used_before:
+        store.images(torch.tensor([0]))
+    assert store.to("meta") is store
+    images, labels = store.images(torch.tensor([9, 0, 4])), store.labels_of(torch.tensor([9, 0]))
+    assert (images.device.type, images.shape, images.dtype) == ("meta", (3, 1, 6, 5), torch.float32)
+    assert (labels.device.type, labels.shape, labels.dtype) == ("meta", (2, 6, 5), torch.int64)
+    assert store.volume("b").device.type == "meta"
+    assert store.volume_of.device.type == "cpu"
+
+
+def test_garbage_is_collected_again_after_a_store_was_opened_or_refused(raw: Path) -> None:
+    prepared(raw)
+    Store.open(raw.parent / "store")
+    assert gc.isenabled()
+    write_json(raw.parent / "store" / "index.json", {})
+    with pytest.raises(GlocalError, match="this version"):
+        Store.open(raw.parent / "store")
+    assert gc.isenabled()
 
 
 def test_what_is_no_finished_store_is_refused(raw: Path) -> None:

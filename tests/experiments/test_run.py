@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -21,13 +22,14 @@ from glocal.data.preprocess import preprocess
 from glocal.errors import GlocalError
 from glocal.experiments import demo as demonstration
 from glocal.experiments import run as road
-from glocal.experiments.jobs import Job, do
+from glocal.experiments.jobs import Job, default_workers, do, gpus_for
 from glocal.experiments.report import report
 from glocal.experiments.run import run
 from glocal.experiments.steps import finetune_with, parse_labels, preprocess_with, pretrain_with
 from glocal.files import read_json, write_json
 from glocal.finetuning.finetune import finetune
 from glocal.model import find_model, read_header
+from glocal.processes import cores
 from glocal.runs import manifest_of
 
 RECIPE: dict[str, Any] = {
@@ -346,6 +348,33 @@ def test_one_machine_setting_for_all_trainings_of_a_run(whole: Path) -> None:
     for training in whole.glob("finetune/**/recipe.yaml"):
         settings = yaml.safe_load(training.read_text(encoding="utf-8"))
         assert (settings["precision"], settings["threads"]) == ("float32", 1)
+
+
+def test_every_worker_has_a_gpu_of_its_own(tmp_path: Path) -> None:
+    """Each job waits for the other, so that there must be two workers."""
+    tell = "echo $CUDA_VISIBLE_DEVICES > {0}; until [ -s {1} ]; do sleep 0.05; done"
+    names = [(tmp_path / a, tmp_path / b) for a, b in ("ab", "ba")]
+    do([Job(os.system, {"command": tell.format(*pair)}, tmp_path / "job", 1) for pair in names], "Testing", 2, "35")
+    assert {pair[0].read_text().strip() for pair in names} == {"3", "5"}
+
+
+def test_workers_are_as_many_as_cores_or_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert (default_workers("auto"), gpus_for("auto")) == (cores(), [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert (default_workers("auto"), gpus_for("auto")) == (3, ["0", "1", "2"])
+    assert (default_workers("cuda:1"), gpus_for("cuda:1")) == (1, [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert gpus_for("auto") == ["4", "6"]
+
+
+def test_it_is_not_for_torchrun(recipe: str, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(GlocalError, match="start it without torchrun or srun"):
+        run(recipe, [f"data={raw}", f"out={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_finished_jobs_are_not_done(tmp_path: Path) -> None:

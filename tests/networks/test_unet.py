@@ -76,6 +76,38 @@ def test_batch_norm_is_tensorflows():
     assert {(norm.eps, norm.momentum) for norm in norms} == {(1e-3, 0.01)}
 
 
+@pytest.mark.parametrize("kernel", [2, 3])
+def test_a_convolution_starts_and_computes_as_monais(kernel):
+    from monai.networks.blocks import Convolution
+
+    def seeded(make):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return make()
+
+    ours = seeded(lambda: convolution(3, 5, kernel))
+    theirs = seeded(
+        lambda: Convolution(
+            2,
+            3,
+            5,
+            kernel_size=kernel,
+            adn_ordering="NA",
+            act="RELU",
+            norm=("BATCH", {"eps": 1e-3, "momentum": 0.01}),
+            padding=(kernel - 1) // 2,
+        )
+    )
+    x = images(2, 3, 6, 7) - 0.5
+    padded = nn.functional.pad(x, (0, 1, 0, 1)) if kernel == 2 else x
+    for _ in range(2):  # training, with statistics of the batch and then with those it kept
+        torch.testing.assert_close(ours(x), theirs(padded), rtol=0, atol=0)
+        for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+        ours.eval()
+        theirs.eval()
+
+
 def test_even_kernel_pads_right_and_bottom_only():
     layer = convolution(1, 1, kernel=2).eval()
     conv = next(m for m in layer.modules() if isinstance(m, nn.Conv2d))

@@ -15,6 +15,7 @@ from glocal.networks.registry import build
 from glocal.pretraining.base import Stage
 from glocal.pretraining.pretrain import pretrain
 from glocal.pretraining.registry import method_named, pretraining_options
+from pair import assert_same_training, train_in_double
 
 ALL = ("case0", "case1", "case2", "case3")
 ODD = ("odd1", "odd2", "odd3", "odd7")
@@ -88,6 +89,19 @@ class MethodChecks:
             loss.backward()
             assert loss.isfinite()
             assert all(p.grad.isfinite().all() for p in stage.parameters() if p.grad is not None)
+
+    def test_distributed_it_learns_the_same(
+        self, settings: dict[str, Any], store: Store, pair: Any, tmp_path: Path
+    ) -> None:
+        """Two processes with half the batch each: the loss, the gradients and the weights of one with all of it."""
+        momentum = {"optimizer": "sgd", "weight_decay": 0.0, "warmup_iterations": 0, "learning_rate": 0.1}
+        for number in range(len(self.stages(settings, store))):
+            job: dict[str, Any] = {"kind": "method", "name": self.method, "number": number, "store": str(store.path)}
+            job["settings"] = {**settings, **momentum, "max_iterations": 5}
+            one, two = (tmp_path / f"{number}-{name}" for name in ("one", "two"))
+            train_in_double(**job, folder=str(one))
+            pair.do({**job, "folder": str(two)})
+            assert_same_training(one, two)
 
     def test_few_and_odd_volumes_are_learnt_from(self, settings: dict[str, Any], store: Store, odd: Store) -> None:
         for data, cases in ((store, ("case2",)), (odd, ("odd7",)), (odd, ODD), (odd, ("odd2", "odd3"))):

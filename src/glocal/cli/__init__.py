@@ -1,5 +1,6 @@
 """The command line: one small file per command, no logic, heavy imports only inside the commands."""
 
+import os
 import sys
 from typing import NoReturn
 
@@ -52,6 +53,7 @@ def main() -> None:
     from glocal.errors import GlocalError
     from glocal.files import explained
 
+    _say_it_once()
     try:
         app()
     except GlocalError as error:
@@ -64,6 +66,15 @@ def main() -> None:
         if end.code == _STOPPED:  # what Typer makes of Ctrl-C
             typer.secho("Stopped. Start the same command again and it continues.", err=True)
         raise
+
+
+def _say_it_once() -> None:
+    """Of several processes (torchrun, srun) only the first speaks; what goes wrong is said by all."""
+    if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) > 0:
+        from glocal.progress import console
+
+        console.quiet = True
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _refuse(sentence: str) -> NoReturn:

@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from glocal.data import dataset as raw
 from glocal.data.findings import CheckReport, Finding, finding
 from glocal.data.image import FILE_ENDINGS, Geometry, file_ending, geometry_of, is_volume_file, read_file
 from glocal.errors import GlocalError
+from glocal.processes import cores
 from glocal.progress import track
 
 T = TypeVar("T")
@@ -58,10 +58,10 @@ class _Facts:
 def check(root: Path, workers: int | None = None) -> CheckReport:
     """Read every file of a raw dataset and report what is wrong with it; a bad dataset is reported, never raised.
 
-    `workers` threads (default: one per processor) hold one case each in memory.
+    `workers` threads (default: one per core this process may use) hold one case each in memory.
     """
     layout, findings = _read_layout(root)
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(workers or cores()) as pool:
         inspected = pool.map(lambda case: _inspect(case, layout), layout.images)
         facts = list(track(inspected, "Checking", len(layout.images)))
     findings += [finding for fact in facts for finding in fact.findings]
@@ -130,12 +130,15 @@ def _wrong_counts(layout: _Layout) -> list[Finding]:
 def _inspect(case: str, layout: _Layout) -> _Facts:
     """Read the files of one case, one after the other."""
     facts = _Facts(case)
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.sha256()
     for _, path in sorted(layout.images[case].items()):
-        array, geometry = _open(path, facts)
-        if array is None or geometry is None:
+        image = _open(path, facts)
+        if image is None:
             break
-        digest.update(np.ascontiguousarray(array, dtype=np.float32).tobytes() + str(array.shape).encode())
+        array, geometry = sitk.GetArrayViewFromImage(image), geometry_of(image)
+        digest.update(str(array.shape).encode())
+        for plane in array:  # one that fits the processor's cache; an image is the same in any voxel type
+            digest.update(np.ascontiguousarray(plane, dtype=np.float32).data)
         _inspect_image(path, array, facts)
         if facts.geometry is None:
             facts.geometry = geometry
@@ -144,28 +147,27 @@ def _inspect(case: str, layout: _Layout) -> _Facts:
             facts.add("channel-geometry", f"{path.name} differs from the first channel in {differences}.")
     else:  # the digest of half a case would say nothing
         facts.digest = digest.hexdigest()
-    if case in layout.labels:
-        array, geometry = _open(layout.labels[case], facts)
-        if facts.geometry and geometry and (differences := _differences(facts.geometry, geometry)):
+    if case in layout.labels and (image := _open(layout.labels[case], facts)) is not None:
+        if facts.geometry and (differences := _differences(facts.geometry, geometry_of(image))):
             facts.add("label-geometry", f"The label map differs from the image in {differences}.")
-        if array is not None:
-            _inspect_label(array, layout.description, facts)
+        _inspect_label(sitk.GetArrayViewFromImage(image), layout.description, facts)
     return facts
 
 
-def _open(path: Path, facts: _Facts) -> tuple[NDArray[Any] | None, Geometry | None]:
+def _open(path: Path, facts: _Facts) -> sitk.Image | None:
+    """One scalar volume, or None and the finding that says why not."""
     try:
         image = read_file(path)
     except GlocalError as error:
         facts.add("unreadable", str(error))
-        return None, None
+        return None
     values = image.GetNumberOfComponentsPerPixel()
     if image.GetDimension() != 3 or values != 1:
         facts.add("dimensions", f"{path.name} is {image.GetDimension()}-D with {values} value(s) per voxel.")
-        return None, None
+        return None
     if odd := _hidden_by_itk(path, image):
         facts.add("not-finite-read-as-0", f"{path.name} has {odd} voxel(s) that are NaN or infinite, and read as 0.")
-    return sitk.GetArrayFromImage(image), geometry_of(image)
+    return image
 
 
 def _hidden_by_itk(path: Path, image: sitk.Image) -> int:
@@ -200,7 +202,8 @@ def _inspect_geometry(path: Path, geometry: Geometry, facts: _Facts) -> None:
 
 
 def _inspect_label(array: NDArray[Any], description: raw.Description | None, facts: _Facts) -> None:
-    values, counts = np.unique(array, return_counts=True)
+    voxels = array.ravel()
+    values = np.unique(voxels[np.append(True, voxels[1:] != voxels[:-1])])  # of equal neighbours one: few to sort
     odd = [f"{value:g}" for value in values if not float(value).is_integer()]
     if odd:
         facts.add("label-not-whole", f"The label map holds values that are not whole numbers: {raw.some(odd)}.")
@@ -208,7 +211,7 @@ def _inspect_label(array: NDArray[Any], description: raw.Description | None, fac
     facts.values = frozenset(map(int, values))
     if description and (odd := [str(v) for v in sorted(facts.values - set(description.labels.values()))]):
         facts.add("label-unknown", f"The label map holds values that dataset.json does not name: {raw.some(odd)}.")
-    foreground = int(counts[values != 0].sum())
+    foreground = np.count_nonzero(array)
     if foreground == 0:
         facts.add("label-empty", "The label map has no foreground.")
     elif foreground < TINY:

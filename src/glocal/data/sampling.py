@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,11 +24,15 @@ class Slices:
     def __len__(self) -> int:
         return len(self.index)
 
+    def __getitem__(self, rows: slice | Tensor) -> "Slices":
+        """Some of them, in the order of `rows`."""
+        return Slices(self.index[rows], self.volume[rows], self.number[rows], self.count[rows])
+
 
 class Pool:
     """The slices of some cases of a store, and ways to draw from them, each a function of a generator or a seed."""
 
-    def __init__(self, store: Store, cases: Sequence[str], device: torch.device | str = "cpu") -> None:
+    def __init__(self, store: Store, cases: Sequence[str]) -> None:
         """Pool the slices of `cases`.
 
         Raises:
@@ -35,20 +40,22 @@ class Pool:
         """
         if not cases:
             raise GlocalError("There is no volume to train on: the split leaves none.")
-        self.store, self.device = store, torch.device(device)
+        self.store = store
         self.volumes = torch.tensor(sorted({store.index_of(case) for case in cases}))
-        self.slices = torch.isin(store.volume_of, self.volumes).nonzero().squeeze(1)
+        chosen = torch.zeros(len(store.first), dtype=torch.bool).index_fill(0, self.volumes, True)
+        self.slices = chosen[store.volume_of].nonzero().squeeze(1)
+        self._order = lru_cache(1)(self._shuffled)
 
     def __len__(self) -> int:
         return len(self.slices)
 
     def images(self, slices: Slices) -> Tensor:
-        """Images `(B, C, H, W)` float32 on the pool's device."""
-        return self.store.images(slices.index).to(self.device)
+        """Images `(B, C, H, W)` float32, on the store's device."""
+        return self.store.images(slices.index)
 
     def labels(self, slices: Slices) -> Tensor:
-        """Label maps `(B, H, W)` int64 on the pool's device."""
-        return self.store.labels_of(slices.index).to(self.device)
+        """Label maps `(B, H, W)` int64, on the store's device."""
+        return self.store.labels_of(slices.index)
 
     def uniform(self, batch: int, rng: torch.Generator) -> Slices:
         """`batch` slices uniformly from all, with replacement (G^R, L^R, fine-tuning of Chaitanya et al. 2020)."""
@@ -61,8 +68,7 @@ class Pool:
         """
         batch = min(batch, len(self.slices))
         passes, place = divmod(step, len(self.slices) // batch)
-        order = torch.randperm(len(self.slices), generator=generator(seed, "epoch", passes))
-        return self._slices(self.slices[order[place * batch : (place + 1) * batch]])
+        return self._slices(self._order(seed, passes)[place * batch : (place + 1) * batch])
 
     def partitioned(self, volumes: int, partitions: int, rng: torch.Generator) -> Slices:
         """One slice of every partition of `volumes` distinct volumes (G^D of Chaitanya et al. 2020), volume by volume.
@@ -77,6 +83,10 @@ class Pool:
         low, width = edges[:, :-1], edges.diff(dim=1)
         offset = (torch.rand(width.shape, generator=rng, dtype=torch.float64) * width).long()
         return self._slices((first + low + offset)[width > 0])
+
+    def _shuffled(self, seed: int, passes: int) -> Tensor:
+        """The order of one pass; the last one is kept, since a pass over many slices takes thousands of steps."""
+        return self.slices[torch.randperm(len(self.slices), generator=generator(seed, "epoch", passes))]
 
     def _slices(self, index: Tensor) -> Slices:
         store = self.store

@@ -1,16 +1,18 @@
 """The store: the slices of all volumes, in memory if they fit, else streamed from memory maps."""
 
+import gc
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -20,7 +22,11 @@ from glocal.errors import GlocalError
 from glocal.files import read_json
 
 Kind = Literal["images", "labels"]
-_OPEN_MAPS = 256  # file handles kept open
+_TYPES: dict[Kind, tuple[torch.dtype, torch.dtype]] = {  # in the files, and as training wants it
+    "images": (torch.float16, torch.float32),
+    "labels": (torch.uint8, torch.int64),
+}
+_MAPS = 30_000  # kept mapped at once; they hold no file handles, but Linux grants a process 65,530
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,9 @@ class Store:
         self._shapes: dict[Kind, tuple[int, ...]] = {"images": (self.plan.channels, *size), "labels": size}
         bytes_of_slice = size[0] * size[1] * (2 * self.plan.channels + 1)  # float16 and uint8
         self.in_memory = len(self.volume_of) * bytes_of_slice <= memory_limit
-        self._map = lru_cache(_OPEN_MAPS)(self._read)
+        self._map = lru_cache(_MAPS)(self._read)
+        self.device = torch.device("cpu")
+        self._held: dict[Kind, Tensor] = {}
 
     @classmethod
     def open(cls, path: Path, memory_limit: int = 2 * 2**30) -> "Store":
@@ -103,15 +111,22 @@ class Store:
                 f"The store {path} is unfinished: start the same `glocal preprocess` again, it continues."
             )
         try:
-            return cls(path, read_json(path / "index.json"), memory_limit)
+            with _uncollected():
+                return cls(path, read_json(path / "index.json"), memory_limit)
         except (KeyError, TypeError, ValidationError) as error:
             raise GlocalError(
                 f"{path / 'index.json'} is not of this version of glocal: preprocess into a new folder."
             ) from error
 
+    def to(self, device: torch.device | str) -> "Store":
+        """This store, its slices coming out on `device` from now on; held in memory, they lie there as one tensor."""
+        self.device = torch.device(device)
+        self._held = {kind: held.to(self.device) for kind, held in self._held.items()}
+        return self
+
     def images(self, indices: Tensor) -> Tensor:
         """Slices by number `(B,)` as images `(B, C, H, W)` float32."""
-        return self._fetch("images", indices).float()
+        return self._fetch("images", indices)
 
     def labels_of(self, indices: Tensor) -> Tensor:
         """Label maps `(B, H, W)` int64 of slices by number `(B,)`.
@@ -123,7 +138,7 @@ class Store:
         if not labelled.all():
             case = self.volumes[int(self.volume_of[indices[~labelled]][0])].case
             raise GlocalError(f"Case {case} has no label map: leave it out of the labelled cases, or label it.")
-        return self._fetch("labels", indices).long()
+        return self._fetch("labels", indices)
 
     def volume(self, case: str) -> Tensor:
         """All slices of a case, `(n, C, H, W)` float32.
@@ -151,44 +166,58 @@ class Store:
         return self._digest
 
     def _fetch(self, kind: Kind, indices: Tensor) -> Tensor:
+        stored, wanted = _TYPES[kind]
         if self.in_memory:
-            return (self._images if kind == "images" else self._labels)[indices]
-        dtype = torch.float16 if kind == "images" else torch.uint8
-        result = torch.empty((len(indices), *self._shapes[kind]), dtype=dtype)
-        volumes = self.volume_of[indices]
-        for number in sorted(set(volumes.tolist())):  # each map is touched once
-            where = volumes == number
-            rows = self.slice_of[indices[where]].numpy()
-            result[where] = torch.from_numpy(np.asarray(self._map(kind, number)[rows]))
-        return result
+            if kind not in self._held:
+                self._held[kind] = self._all(kind).to(self.device)
+            return self._held[kind][indices.to(self.device)].to(wanted)
+        # The CPU converts a slice while it copies it; to a GPU the small type travels, and is converted there.
+        result = torch.empty(
+            (len(indices), *self._shapes[kind]),
+            dtype=wanted if self.device.type == "cpu" else stored,
+            pin_memory=self.device.type == "cuda",
+        )
+        places = zip(self.volume_of[indices].tolist(), self.slice_of[indices].tolist(), strict=True)
+        for row, (number, place) in zip(result, places, strict=True):
+            row.copy_(self._map(kind, number)[place])
+        return result.to(self.device, non_blocking=True).to(wanted)
 
-    @cached_property
-    def _images(self) -> Tensor:
-        return self._all("images", torch.float16)
-
-    @cached_property
-    def _labels(self) -> Tensor:
-        return self._all("labels", torch.uint8)
-
-    def _all(self, kind: Kind, dtype: torch.dtype) -> Tensor:
-        result = torch.zeros((len(self.volume_of), *self._shapes[kind]), dtype=dtype)
+    def _all(self, kind: Kind) -> Tensor:
+        result = torch.zeros((len(self.volume_of), *self._shapes[kind]), dtype=_TYPES[kind][0])
         for number, volume in enumerate(self.volumes):
             if kind == "images" or volume.labelled:
                 start = int(self.first[number])
-                result[start : start + volume.slices] = torch.from_numpy(np.array(self._read(kind, number)))
+                result[start : start + volume.slices] = self._read(kind, number)
         return result
 
-    def _read(self, kind: Kind, number: int) -> NDArray[Any]:
-        """A volume's file as a memory map."""
+    def _read(self, kind: Kind, number: int) -> Tensor:
+        """A volume's file as a memory map: read only, and without a file handle (NumPy's keep one each)."""
         volume = self.volumes[number]
         path = self.path / kind / f"{volume.case}.npy"
+        dtype, shape = _TYPES[kind][0], (volume.slices, *self._shapes[kind])
         try:
-            array: NDArray[Any] = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
+            with open(path, "rb") as file:
+                np.lib.format.read_magic(file)
+                header = np.lib.format.read_array_header_1_0(file)
+                start = file.tell()
+            if header != (shape, False, np.dtype(str(dtype).removeprefix("torch."))):
+                raise GlocalError(f"{path} does not fit the store's index: delete the store and preprocess again.")
+            data = torch.from_file(str(path), size=start + prod(shape) * dtype.itemsize, dtype=torch.uint8)
+        except (OSError, ValueError, RuntimeError) as error:  # a file cut short is a RuntimeError
             raise GlocalError(f"{path} is missing or damaged: delete the store and preprocess again.") from error
-        if array.shape != (volume.slices, *self._shapes[kind]):
-            raise GlocalError(f"{path} does not fit the store's index: delete the store and preprocess again.")
-        return array
+        return data[start:].view(dtype).view(shape)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection: it would walk a long index again and again while that is read, and find nothing."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _stored(case: Mapping[str, Any], subject: str) -> StoredVolume:

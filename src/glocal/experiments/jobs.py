@@ -7,6 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ class Job:
         return runs.finished(self.folder)
 
 
-def do(jobs: Sequence[Job], description: str, workers: int) -> None:
-    """Do the jobs that are not done yet, `workers` of them at the same time.
+def do(jobs: Sequence[Job], description: str, workers: int, gpus: Sequence[str] = ()) -> None:
+    """Do the jobs that are not done yet, `workers` of them at the same time, which share out the GPUs (see `gpus`).
 
     Raises:
         GlocalError: a job's own, after the jobs that were running have been stopped; or a process was killed.
@@ -41,12 +42,16 @@ def do(jobs: Sequence[Job], description: str, workers: int) -> None:
         for job in open_jobs:
             job.work(**job.arguments)
         return
-    _do_at_once(open_jobs, description, workers)
+    _do_at_once(open_jobs, description, workers, gpus)
 
 
-def _do_at_once(jobs: Sequence[Job], description: str, workers: int) -> None:
+def _do_at_once(jobs: Sequence[Job], description: str, workers: int, gpus: Sequence[str]) -> None:
     total = sum(job.iterations for job in jobs)
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread)
+    context = get_context("spawn")
+    of_workers = context.SimpleQueue()
+    for worker in range(workers):
+        of_workers.put(gpus[worker % len(gpus)] if gpus else None)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_on_its_own, initargs=(of_workers,))
     try:
         waiting: set[Future[Any]] = {pool.submit(job.work, **job.arguments) for job in jobs}
         with progress() as bar:
@@ -68,9 +73,12 @@ def _do_at_once(jobs: Sequence[Job], description: str, workers: int) -> None:
     pool.shutdown()
 
 
-def _one_thread() -> None:
+def _on_its_own(gpus: "SimpleQueue[str | None]") -> None:
+    """Initialise a worker: one thread, a GPU of its own where there are some, and no word."""
     follow_parent()
     os.environ["OMP_NUM_THREADS"] = "1"
+    if gpu := gpus.get():
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     import torch
 
     torch.set_num_threads(1)
@@ -102,8 +110,18 @@ def _last_iteration(log: Path) -> int:
         return 0
 
 
-def default_workers() -> int:
-    """As many processes as there are cores; with a GPU one, which is faster alone."""
+def default_workers(device: str) -> int:
+    """As many processes as there are cores; with GPUs one for each, because a training is fastest alone on its GPU."""
     import torch
 
-    return 1 if torch.cuda.is_available() else cores()
+    return max(1, len(gpus_for(device))) if torch.cuda.is_available() else cores()
+
+
+def gpus_for(device: str) -> list[str]:
+    """The GPUs that workers share out with `device=auto`, as `CUDA_VISIBLE_DEVICES` names them; else none."""
+    import torch
+
+    if device != "auto" or not torch.cuda.is_available():
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(gpu) for gpu in range(torch.cuda.device_count())]

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from glocal import runs
+from glocal import distributed, runs
 from glocal.data.dataset import Dataset, read_dataset
 from glocal.data.preprocess import preprocess
 from glocal.data.split import Member, Split, draw_labels, make_split, read_split
 from glocal.data.store import Store
-from glocal.engine import device_named, precision_of
+from glocal.devices import device_named, precision_of
 from glocal.errors import GlocalError
 from glocal.experiments.derive import derived
-from glocal.experiments.jobs import Job, default_workers, do
+from glocal.experiments.jobs import Job, default_workers, do, gpus_for
 from glocal.experiments.recipe import Recipe, make_recipe, read_recipe
 from glocal.experiments.report import report, warnings_below
 from glocal.experiments.tables import write_tables
@@ -59,8 +59,13 @@ def run(recipe: str, words: Sequence[str] = (), workers: int | None = None) -> P
 def run_recipe(recipe: Recipe, workers: int | None = None) -> Path:
     """Do all that a validated recipe says; see `run`."""
     started = time.time()
+    if distributed.started() > 1:
+        raise GlocalError(
+            "`glocal run` shares the trainings out among processes of its own: start it without torchrun or srun. "
+            "A long pre-training on several GPUs is `torchrun --nproc-per-node=GPUS -m glocal pretrain ...`."
+        )
     recipe = recipe.model_copy(update={"data": recipe.data.resolve()})  # however it was spelled
-    out, workers = recipe.out, workers or default_workers()
+    out = recipe.out
     _refuse_impossible(recipe, read_dataset(recipe.data))
     runs.begin(out, "run", recipe.model_dump(mode="json", exclude={"out"}))
     with runs.held(out):
@@ -73,9 +78,10 @@ def run_recipe(recipe: Recipe, workers: int | None = None) -> Path:
     return out
 
 
-def _whole_road(recipe: Recipe, workers: int) -> None:
+def _whole_road(recipe: Recipe, workers: int | None) -> None:
     out = recipe.out
     store = preprocess(recipe.data, out / "store", recipe.preprocess, workers=workers)
+    workers = workers or default_workers(recipe.device)
     splits = [
         make_split(store.volumes, store.split, recipe.protocol, recipe.seed, index)
         for index in range(split_count(recipe, store.volumes))
@@ -89,8 +95,9 @@ def _whole_road(recipe: Recipe, workers: int) -> None:
         for job in jobs:
             job.arguments["settings"] |= machine[part]
     _refuse_other_data([*pretraining, *finetuning], store)
-    do(pretraining, "Pre-training", workers)
-    do(finetuning, "Fine-tuning", workers)
+    gpus = gpus_for(recipe.device)
+    do(pretraining, "Pre-training", workers, gpus)
+    do(finetuning, "Fine-tuning", workers, gpus)
     write_json(out / "split.json", {"splits": [split.__dict__ for split in splits]})
     write_tables(out)
     write_masks(store, finetuning[-1].folder, out / "masks", device_named(recipe.device))

@@ -1,19 +1,17 @@
-"""The single steps as people give them: words from the command line over defaults."""
+"""The single steps as people give them: words from the command line over defaults.
+
+Each imports what it needs and no more, because what all of them need takes seconds to import.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from glocal.data.plan import PreprocessOptions
-from glocal.data.preprocess import preprocess
 from glocal.data.split import ProtocolOptions
 from glocal.data.store import Store
 from glocal.errors import GlocalError
-from glocal.experiments.derive import derived
-from glocal.experiments.recipe import read_recipe
-from glocal.finetuning.finetune import finetune
 from glocal.options import merged, parse_words, validated
-from glocal.pretraining.pretrain import pretrain
 
 
 def preprocess_with(dataset: Path, store: Path, recipe: str, words: Sequence[str], workers: int | None) -> Store:
@@ -22,6 +20,10 @@ def preprocess_with(dataset: Path, store: Path, recipe: str, words: Sequence[str
     Raises:
         GlocalError: what the user can correct.
     """
+    from glocal.data.preprocess import preprocess
+    from glocal.experiments.derive import derived
+    from glocal.experiments.recipe import read_recipe
+
     settings = read_recipe(recipe, [f"data={dataset}"])
     part = merged(settings.get("preprocess", {}), parse_words(words))
     filled = derived({**settings, "preprocess": part, "data": str(dataset)})
@@ -30,6 +32,8 @@ def preprocess_with(dataset: Path, store: Path, recipe: str, words: Sequence[str
 
 def pretrain_with(store: Path, run: Path, method: str, words: Sequence[str]) -> Path:
     """Pre-train with `method` and `key=value` words; words of `protocol` say how cases are split."""
+    from glocal.pretraining.pretrain import pretrain
+
     settings = parse_words(words)
     _refuse_twice(settings, "method")
     protocol = validated(ProtocolOptions, settings.pop("protocol", {}), "protocol")
@@ -38,6 +42,8 @@ def pretrain_with(store: Path, run: Path, method: str, words: Sequence[str]) -> 
 
 def finetune_with(store: Path, run: Path, labels: str, pretrained: Path | None, words: Sequence[str]) -> Path:
     """Fine-tune on `labels` (a number or cases) with `key=value` words; words of `protocol` say how cases are split."""
+    from glocal.finetuning.finetune import finetune
+
     settings = parse_words(words)
     _refuse_twice(settings, "labels")
     protocol = validated(ProtocolOptions, settings.pop("protocol", {}), "protocol")

@@ -24,7 +24,9 @@ from glocal.data.split import (
     write_split,
 )
 from glocal.data.store import Store
-from glocal.engine import device_named, train
+from glocal.devices import joined
+from glocal.distributed import one_after_the_other, rank
+from glocal.engine import train
 from glocal.errors import GlocalError
 from glocal.evaluation.evaluate import evaluate
 from glocal.evaluation.metrics import dice
@@ -78,22 +80,27 @@ def finetune(
     if not (isinstance(labels, int) or all(isinstance(case, str) for case in labels)):
         raise GlocalError("A single fine-tuning takes one number of labels: several are for `glocal run`.")
     draw = draw_labels(store.volumes, split, labels, options.validation, options.seed, options.draw)  # type: ignore[arg-type]
+    device = joined(options.device)
     header, network, report = _start(store, options, source, split, draw)
-    runs.begin(run, "finetune", _settings(store, options, source, split, protocol))
-    if (run / "split.json").exists() and read_split(run) != split:
-        raise GlocalError(f"{run} was begun with another split of the cases: choose another run folder.")
-    if runs.finished(run):
-        return run / "model.safetensors"
-    write_split(run, split, draw)
-    if report is not None:
+    with one_after_the_other():
+        runs.begin(run, "finetune", _settings(store, options, source, split, protocol))
+        if (run / "split.json").exists() and read_split(run) != split:
+            raise GlocalError(f"{run} was begun with another split of the cases: choose another run folder.")
+        if runs.finished(run):
+            return run / "model.safetensors"
+        if rank() == 0:
+            write_split(run, split, draw)
+    if report is not None and rank() == 0:
         write_json(run / "transfer.json", report.as_dict())
         console.print(report.sentence(), highlight=False)
+    if options.compile:
+        network.compile_parts()
 
     cases = measured_cases(store, split, protocol)
     if cases:
         read_dataset(store.dataset)  # where their label maps are: a moved dataset is said before training, not after
-    device = device_named(options.device)
-    labelled, unlabelled = Pool(store, draw.train, device), Pool(store, split.pretrain, device)
+    store.to(device)
+    labelled, unlabelled = Pool(store, draw.train), Pool(store, split.pretrain)
     strategy = strategy_named(options.strategy).make(network, labelled, unlabelled, options)
     validate = (
         _Validation(store, draw.validation, run / "best.safetensors", header, device) if draw.validation else None
@@ -101,6 +108,8 @@ def finetune(
     transductive = source is not None and bool(read_header(source).provenance["transductive"])
     warnings = [TRANSDUCTIVE] if transductive else []
     warnings += train(strategy, options, run, run.name, validate, options.evaluate_every)
+    if rank() > 0:  # the first process measures alone
+        return run / "model.safetensors"
     save_model(run / "model.safetensors", strategy.network.state_dict(), header)
     if cases:
         measure(store, run, cases, device, transductive)
@@ -204,7 +213,7 @@ class _Validation:
         for case in self.cases:
             images = self.store.volume(case)
             mask = slice_probabilities(network, images, self.device).argmax(1).numpy()
-            truth = self._truth(case).numpy()
+            truth = self._truth(case).cpu().numpy()
             values += [dice(mask == k, truth == k) for k in self.store.labels.values() if k]
         value = float(np.mean(values))
         best = read_header(self.path).provenance["validation_dice"] if self.path.exists() else -1.0

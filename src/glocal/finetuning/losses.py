@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Literal
 
-from monai.losses import DiceCELoss, DiceLoss
 from torch import Tensor
 
 
@@ -14,6 +13,8 @@ def segmentation_loss(name: Literal["dice", "dice+ce"]) -> Callable[[Tensor, Ten
     (Chaitanya et al. 2020, code). `dice+ce`: cross-entropy plus soft Dice of the foreground classes over the batch,
     so that slices without a class do not count against it.
     """
+    from monai.losses import DiceCELoss, DiceLoss  # slow to import, and pre-training does without
+
     common = {"softmax": True, "to_onehot_y": True}
     if name == "dice":
         loss = DiceLoss(include_background=True, smooth_nr=0.0, smooth_dr=1e-10, **common)

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from glocal.data.sampling import Pool
+from glocal.distributed import share, whole
 from glocal.finetuning.base import FinetuningOptions, Strategy, StrategyEntry
 from glocal.finetuning.losses import segmentation_loss
 from glocal.networks.base import SegmentationNetwork
@@ -23,10 +24,12 @@ class Supervised(Strategy):
         """Segmentation loss of one batch."""
         o: FinetuningOptions = self.options
         slices = self.labelled.uniform(o.batch, generator(o.seed, step, "slices"))
-        images, labels = self.labelled.images(slices), self.labelled.labels(slices)
+        batch, own = len(slices), slices[share(len(slices))]
+        images, labels = self.labelled.images(own), self.labelled.labels(own)
         size = (images.shape[-2], images.shape[-1])
-        view = draw_view(o.augmentation, len(slices), size, generator(o.seed, step, "view"))
-        return {"loss": self.loss(self.network(view.image(images)), view.labels(labels))}
+        view = draw_view(o.augmentation, batch, size, generator(o.seed, step, "view"))[share(batch)]
+        logits = self.network(view.image(images))
+        return {"loss": self.loss(whole(logits, batch), whole(view.labels(labels), batch))}
 
 
 SUPERVISED = StrategyEntry(

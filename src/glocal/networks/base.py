@@ -68,6 +68,11 @@ class SegmentationNetwork(nn.Module):
         """The same as `segment`."""
         return self.segment(x)
 
+    def compile_parts(self) -> None:
+        """Have torch compile the encoder, the decoder blocks and the head, each when it first runs."""
+        for part in (self.encoder, *self.decoder, self.head):
+            part.compile()
+
     def _padded(self, x: Tensor) -> Tensor:
         """Check images `(B, C, H, W)` and repeat their last column and row up to a multiple of `multiple`."""
         channels, height, width = x.shape[-3:]

@@ -1,9 +1,9 @@
 """The U-Net of Chaitanya et al. 2020 (Contrastive learning of global and local features, NeurIPS 33)."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from monai.networks.blocks import Convolution
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, cat, nn
 
@@ -27,18 +27,12 @@ class UNetOptions(BaseModel):
 def convolution(inputs: int, outputs: int, kernel: int = 3) -> nn.Module:
     """Convolution that keeps the size, batch norm, ReLU: `(B, inputs, H, W)` -> `(B, outputs, H, W)`."""
     # TensorFlow's momentum .99 is 0.01 here; its SAME padding of an even kernel is one pixel right and bottom.
-    norm = ("BATCH", {"eps": 1e-3, "momentum": 0.01})
-    block: nn.Module = Convolution(
-        2,
-        inputs,
-        outputs,
-        kernel_size=kernel,
-        act=("RELU", {"inplace": True}),
-        norm=norm,
-        adn_ordering="NA",
-        padding=(kernel - 1) // 2,
-    )
-    return block if kernel % 2 else nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), block)
+    layers = {
+        "conv": nn.Conv2d(inputs, outputs, kernel, padding=(kernel - 1) // 2),
+        "norm": nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.01),
+        "relu": nn.ReLU(inplace=True),
+    }
+    return nn.Sequential(OrderedDict(layers if kernel % 2 else {"pad": nn.ZeroPad2d((0, 1, 0, 1)), **layers}))
 
 
 class Encoder(nn.ModuleList):

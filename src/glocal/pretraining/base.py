@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from glocal.contrast.collapse import is_collapsed
 from glocal.data.sampling import Pool
+from glocal.distributed import share
 from glocal.engine import TrainingOptions
 from glocal.networks.base import SegmentationNetwork
+from glocal.randomness import generator
+from glocal.views.view import ViewOptions, draw_view
 
 COLLAPSED = (
     "All embeddings have become equal: the pre-training has collapsed and its weights are worth no more than random "
@@ -62,6 +65,20 @@ class Stage(nn.Module):
             self.network.get_submodule(part).train(False)
         return self
 
+    def view(self, options: ViewOptions, images: Tensor, step: int, role: int, batch: int) -> Tensor:
+        """One random view of each image.
+
+        Args:
+            options: how far images may be changed.
+            images: this process's share `(b, C, H, W)` of a batch.
+            step: the iteration.
+            role: which of the views of this iteration; each is drawn for itself.
+            batch: the size of the whole batch.
+        """
+        size = (images.shape[-2], images.shape[-1])
+        draw = draw_view(options, batch, size, generator(self.options.seed, step, "view", role))
+        return draw[share(batch)].image(images)
+
     def watch(self, embeddings: Tensor) -> None:
         """Remember embeddings `(N, C)` for the collapse warning."""
         self._embeddings = embeddings.detach()
@@ -74,7 +91,7 @@ class Stage(nn.Module):
 
     def bottleneck_size(self) -> tuple[int, int, int]:
         """Channels, height and width of the bottleneck for the images of the pool."""
-        image = self.pool.store.images(self.pool.slices[:1])
+        image = self.pool.store.images(self.pool.slices[:1]).cpu()  # where the network still is
         with torch.no_grad():
             was = self.network.training
             shape = self.network.eval().encode(image)[-1].shape

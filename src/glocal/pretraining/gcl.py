@@ -21,6 +21,7 @@ from glocal.contrast.regions import (
     region_vectors,
 )
 from glocal.data.sampling import Pool, Slices
+from glocal.distributed import share, whole
 from glocal.engine import TrainingOptions
 from glocal.errors import GlocalError
 from glocal.networks.base import SegmentationNetwork
@@ -30,7 +31,7 @@ from glocal.pretraining.base import Method, Stage
 from glocal.randomness import generator
 from glocal.views.intensity import IntensityOptions
 from glocal.views.spatial import SpatialOptions
-from glocal.views.view import ViewOptions, draw_view
+from glocal.views.view import ViewOptions
 
 
 class Options(TrainingOptions):
@@ -83,10 +84,10 @@ class Global(Stage):
         """Eq. 1 and 2."""
         o: Options = self.options
         slices = self._slices(generator(o.seed, step, "slices"))
-        images = self.pool.images(slices)
+        images = self.pool.images(slices[share(len(slices))])
         roles = self._roles()  # 0 is the untransformed slice
-        inputs = [images if role == 0 else _view(o.augmentation, images, o.seed, step, role) for role in roles]
-        embeddings = self.g1(self.network.encode(torch.cat(inputs))[-1])
+        inputs = [self.view(o.augmentation, images, step, role, len(slices)) if role else images for role in roles]
+        embeddings = whole(self.g1(self.network.encode(torch.cat(inputs))[-1]), len(slices))
 
         image = torch.arange(len(slices)).repeat(len(roles))
         original = (torch.tensor(roles) == 0).repeat_interleave(len(slices))
@@ -150,15 +151,15 @@ class Local(Stage):
             if o.local == "random"
             else self.pool.partitioned(o.volumes, o.partitions, rng)
         )
-        images = self.pool.images(slices)
+        images = self.pool.images(slices[share(len(slices))])
         # Intensity only: a region of one view shows the same place in the other.
         still = o.augmentation.model_copy(update={"spatial": SpatialOptions()})
-        views = torch.cat([_view(still, images, o.seed, step, role) for role in (1, 2)])
+        views = torch.cat([self.view(still, images, step, role, len(slices)) for role in (1, 2)])
         with torch.no_grad():
             features = self.network.encode(views)
         maps = self.g2(self.network.decode(features, o.blocks))
 
-        vectors = self.projection(region_vectors(maps, self.positions, o.kernel))
+        vectors = whole(self.projection(region_vectors(maps, self.positions, o.kernel)), len(slices))
         positive, negative = (m.to(maps.device) for m in local_masks(o.regions, o.kernel, o.negatives))
         image, volume = torch.arange(len(slices)).repeat(2), slices.volume.repeat(2)
         if o.local == "random":
@@ -167,11 +168,6 @@ class Local(Stage):
             pairs = pairs_local_d(image, volume, partition_of(slices.number, slices.count, o.partitions).repeat(2))
         self.watch(vectors.flatten(0, 1))
         return {"loss": local_loss(vectors, pairs.to(maps.device), positive, negative, o.temperature)}
-
-
-def _view(options: ViewOptions, images: Tensor, seed: int, step: int, role: int) -> Tensor:
-    draw = draw_view(options, len(images), (images.shape[-2], images.shape[-1]), generator(seed, step, "view", role))
-    return draw.image(images)
 
 
 def _stages(options: Any) -> list[tuple[str, Any]]:

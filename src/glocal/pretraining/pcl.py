@@ -14,16 +14,16 @@ from torch import Tensor
 from glocal.contrast.losses import contrastive_loss
 from glocal.contrast.pairs import on_lattice, pcl_partition, position_of, positional, same_label
 from glocal.data.sampling import Pool
+from glocal.distributed import share, whole
 from glocal.engine import TrainingOptions
 from glocal.errors import GlocalError
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.heads import GlobalHead, PooledHead
 from glocal.networks.registry import NetworkOptions
 from glocal.pretraining.base import Method, Stage
-from glocal.randomness import generator
 from glocal.views.intensity import IntensityOptions
 from glocal.views.spatial import SpatialOptions
-from glocal.views.view import ViewOptions, draw_view
+from glocal.views.view import ViewOptions
 
 
 class Options(TrainingOptions):
@@ -72,13 +72,9 @@ class Encoder(Stage):
         """Eq. 2 of the paper: the SupCon loss with positions instead of classes."""
         o: Options = self.options
         slices = self.pool.epoch(o.batch, o.seed, step)
-        images = self.pool.images(slices)
-        size = (images.shape[-2], images.shape[-1])
-        views = [
-            draw_view(o.augmentation, len(slices), size, generator(o.seed, step, "view", view)).image(images)
-            for view in range(2)
-        ]
-        embeddings = self.head(self.network.encode(torch.cat(views))[-1])
+        images = self.pool.images(slices[share(len(slices))])
+        views = [self.view(o.augmentation, images, step, role, len(slices)) for role in range(2)]
+        embeddings = whole(self.head(self.network.encode(torch.cat(views))[-1]), len(slices))
         number, count = slices.number.repeat(2), slices.count.repeat(2)
         if o.labels == "position":
             image = torch.arange(len(slices)).repeat(2)

@@ -10,10 +10,13 @@ import torch
 from torch import nn
 
 from glocal import runs
+from glocal.checkpoints import training_state
 from glocal.data.sampling import Pool
 from glocal.data.split import ProtocolOptions, Split, make_split, read_split, refuse_leakage, write_split
 from glocal.data.store import Store
-from glocal.engine import TrainingOptions, device_named, train, training_state
+from glocal.devices import joined
+from glocal.distributed import one_after_the_other, rank
+from glocal.engine import TrainingOptions, train
 from glocal.errors import GlocalError
 from glocal.files import replacing, write_json
 from glocal.model import Header, save_model, transfer
@@ -56,20 +59,22 @@ def pretrain(
     subjects = sorted({v.subject for v in store.volumes if v.case in cases})
     refuse_leakage(store.volumes, split, subjects, "would be pre-trained on", protocol.transductive)
 
-    pool = Pool(store, cases, device_named(options.device))
+    pool = Pool(store.to(joined(options.device)), cases)
     if not runs.finished(run):
         # What the last stage cannot do is said now, not after the first has run for hours.
         for _, make in method.stages(options):
             make(build(options.network, store.plan.channels, len(store.labels)), pool, options)  # type: ignore[attr-defined]
 
     settings_now = {"store": store.digest(), "transductive": protocol.transductive, **options.model_dump(mode="json")}
-    runs.begin(run, "pretrain", settings_now)
     target = run / "model.safetensors"
-    if (run / "split.json").exists() and read_split(run) != split:
-        raise GlocalError(f"{run} was begun with another split of the cases: choose another run folder.")
-    if runs.finished(run):
-        return target
-    write_split(run, split)
+    with one_after_the_other():
+        runs.begin(run, "pretrain", settings_now)
+        if (run / "split.json").exists() and read_split(run) != split:
+            raise GlocalError(f"{run} was begun with another split of the cases: choose another run folder.")
+        if runs.finished(run):
+            return target
+        if rank() == 0:
+            write_split(run, split)
     header = Header(
         kind="pretrained",
         network=options.network,  # type: ignore[attr-defined]  # every method has it
@@ -87,9 +92,11 @@ def pretrain(
         },
     )
     warnings = _train_stages(method, options, pool, run, header)
-    with replacing(target) as temporary:
-        shutil.copyfile(_last_stage(method, options, run), temporary)
-    runs.finish(run, started, kind="pretrain", warnings=warnings)
+    with one_after_the_other():
+        if rank() == 0:
+            with replacing(target) as temporary:
+                shutil.copyfile(_last_stage(method, options, run), temporary)
+            runs.finish(run, started, kind="pretrain", warnings=warnings)
     return target
 
 
@@ -113,7 +120,11 @@ def _train_stages(method: Method, options: TrainingOptions, pool: Pool, run: Pat
         torch.manual_seed(seed_of(options.seed, "weights"))
         network = build(header.network, header.channels, len(header.labels))
         if before is not None:
-            write_json(folder / "transfer.json", transfer(network, before).as_dict())
+            report = transfer(network, before)
+            if rank() == 0:
+                write_json(folder / "transfer.json", report.as_dict())
+        if options.compile:
+            network.compile_parts()
         torch.manual_seed(seed_of(options.seed, "heads", number))
         stage = make(network, pool, options)
         trained += tuple(part for part in stage.trained if part not in trained)
@@ -124,7 +135,9 @@ def _train_stages(method: Method, options: TrainingOptions, pool: Pool, run: Pat
             warnings += train(stage, options, folder, f"{run.name}: {name}")
             provenance = {**header.provenance, "stage": name, "parts": list(trained)}
             stage_header = header.model_copy(update={"provenance": provenance})
-            save_model(before, _parts(stage.network, trained), stage_header)
+            with one_after_the_other():  # the next stage reads it
+                if rank() == 0:
+                    save_model(before, _parts(stage.network, trained), stage_header)
     return warnings
 
 

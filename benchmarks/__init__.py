@@ -1,0 +1,1 @@
+"""What glocal costs, beside peers and beside the bare network, measured in one run."""
