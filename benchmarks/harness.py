@@ -85,8 +85,17 @@ def take_turns(
             start = time.perf_counter()
             for _ in range(calls[name]):
                 work()
+            finish()
             times[name].append((time.perf_counter() - start) / calls[name])
     return {name: (min(taken), median(taken)) for name, taken in times.items()}
+
+
+def finish() -> None:
+    """Wait until the GPU, if there is one, has done what it was told."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def compared(

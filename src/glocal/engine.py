@@ -10,9 +10,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from math import cos, isfinite, pi
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from lightning_fabric import Fabric
 from lightning_fabric.loggers.logger import Logger
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -103,12 +104,8 @@ def _train(
     fabric = fabric_for(device, precision, _loggers(options, folder) if first else None)
     threads = torch.get_num_threads()
     torch.set_num_threads(state.get("threads", options.threads or threads))
-    keep_freed_memory()
-    compute_exactly(options.deterministic)
-    learner = with_whole_statistics(learner, device)
-    learner = learner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from its stubs
     # Several processes wait for each other in here, so that none reads the folder after the first has written to it.
-    module, optimizer = fabric.setup(learner, _optimizer(learner, options))
+    module, optimizer = set_up(fabric, learner, options)
     if state:
         restore(folder, learner, optimizer)
     log = _Log(folder / "metrics.jsonl", first=state.get("step", 0)) if first else None
@@ -121,15 +118,7 @@ def _train(
     with progress() as bar:
         task = bar.add_task(description, total=options.max_iterations, completed=state.get("step", 0), info="")
         for step in range(state.get("step", 0), options.max_iterations):
-            torch.manual_seed(seed_of(options.seed, "engine", step, *[rank()] * (rank() > 0)))  # dropout and the like
-            for group in optimizer.param_groups:
-                group["lr"] = options.learning_rate * learning_rate_factor(options, step)
-            module.train()
-            losses: dict[str, Tensor] = module(step)
-            fabric.backward(losses["loss"])
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
+            losses = iterate(fabric, module, optimizer, options, step)
             done, last = step + 1, step + 1 == options.max_iterations
             bar.advance(task)
             if done % 10 == 0 or last or step == 0:
@@ -162,6 +151,29 @@ def _train(
         logger.finalize("success")
     torch.set_num_threads(threads)
     return warnings
+
+
+def set_up(fabric: Fabric, learner: nn.Module, options: TrainingOptions) -> tuple[Any, Any]:
+    """Learner and optimiser, ready to iterate on the fabric's device."""
+    keep_freed_memory()
+    compute_exactly(options.deterministic)
+    learner = with_whole_statistics(learner, fabric.device)
+    learner = learner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from its stubs
+    module, optimizer = fabric.setup(learner, _optimizer(learner, options))
+    return module, optimizer
+
+
+def iterate(fabric: Fabric, module: Any, optimizer: Any, options: TrainingOptions, step: int) -> dict[str, Tensor]:
+    """One iteration: losses, gradients, new weights."""
+    torch.manual_seed(seed_of(options.seed, "engine", step, *[rank()] * (rank() > 0)))  # dropout and the like
+    for group in optimizer.param_groups:
+        group["lr"] = options.learning_rate * learning_rate_factor(options, step)
+    module.train()
+    losses: dict[str, Tensor] = module(step)
+    fabric.backward(losses["loss"])
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return losses
 
 
 def _warning_of(learner: nn.Module) -> list[str]:

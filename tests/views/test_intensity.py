@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
-from glocal.views.intensity import Intensity, IntensityOptions, draw_intensity, gaussian_blur
+from glocal.views.intensity import Intensity, IntensityOptions, draw_intensity, gaussian_blur, signed_power
 
 
 def images(batch: int = 50, channels: int = 2) -> Tensor:
@@ -56,6 +56,15 @@ def test_gamma_keeps_zero_one_and_signs() -> None:
     torch.testing.assert_close(viewed[:, 0, 0, 3], -viewed[:, 0, 0, 2])
     assert torch.equal(viewed[:, 0, 0, :2], x[:, 0, 0, :2])
     assert abs((gamma.gamma > 1).float().mean() - 0.5) < 0.2
+
+
+@pytest.mark.parametrize("exponent", [0.3, 1.0, 2.5])
+def test_signed_power_is_the_power_to_float_rounding(exponent: float) -> None:
+    size = torch.logspace(-12, 4, 5000, dtype=torch.float64)
+    x = torch.cat([-size, torch.tensor([0.0]), size])
+    power = signed_power(x.float(), torch.tensor(exponent))
+    torch.testing.assert_close(power.double(), x.sign() * x.abs() ** exponent, rtol=1e-5, atol=1e-9)
+    assert torch.equal(power.sign().double(), x.sign())
 
 
 def test_noise_has_the_drawn_deviation_and_is_independent_between_pixels_and_images() -> None:
@@ -139,3 +148,13 @@ def test_gradients_flow() -> None:
     assert x.grad is not None
     assert x.grad.isfinite().all()
     assert (x.grad > 0).all()
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif("not torch.cuda.is_available()"))]
+)
+def test_values_follow_the_images_device(device: str) -> None:
+    x, changed = images(), draw(brightness=0.3, contrast=0.5, gamma=(0.5, 2.0), blur=1.0)
+    viewed = changed.image(x.to(device))
+    assert viewed.device.type == device
+    torch.testing.assert_close(viewed.cpu(), changed.image(x), atol=1e-5, rtol=1e-4)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
+from glocal.views.ranges import moved
 from glocal.views.spatial import Spatial
 
 STEPS = 6  # of Newton's method: five bring all points of an unfolded view within 0.01 pixel
@@ -62,7 +63,7 @@ def values_at(maps: Tensor, points: Tensor) -> Tensor:
 def _unbend(draw: Spatial, goal: Tensor) -> Tensor:
     """Solve v + d(v) = goal for v, all (B, P, 2), by Newton's method with slopes over `near`, about a pixel."""
     near = 0.01
-    right, down = goal.new_tensor([near, 0.0]), goal.new_tensor([0.0, near])
+    right, down = _pair(near, 0.0, goal.device), _pair(0.0, near, goal.device)
     place = goal
     for _ in range(STEPS):
         here, beside, below = draw.bend(torch.cat([place, place + right, place + down], 1)).chunk(3, 1)
@@ -76,13 +77,17 @@ def _unbend(draw: Spatial, goal: Tensor) -> Tensor:
 
 
 def _places(points: Tensor, size: tuple[int, int]) -> Tensor:
-    return (2 * points.float() + 1) / points.new_tensor([size[1], size[0]]).float() - 1
+    return (2 * points.float() + 1) / _pair(size[1], size[0], points.device) - 1
 
 
 def _pixels(places: Tensor, size: tuple[int, int]) -> Tensor:
-    return ((places + 1) * places.new_tensor([size[1], size[0]]) - 1) / 2
+    return ((places + 1) * _pair(size[1], size[0], places.device) - 1) / 2
 
 
 def _within(points: Tensor, size: tuple[int, int]) -> Tensor:
-    last = points.new_tensor([size[1] - 1, size[0] - 1])
+    last = _pair(size[1] - 1, size[0] - 1, points.device)
     return ((points >= -TOLERANCE) & (points <= last + TOLERANCE)).all(-1)
+
+
+def _pair(x: float, y: float, device: torch.device) -> Tensor:
+    return moved(torch.tensor([x, y], dtype=torch.float32), device)

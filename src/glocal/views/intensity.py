@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn.functional import pad
 
-from glocal.views.ranges import PositiveRange, Probability, Range, log_uniform
+from glocal.views.ranges import PositiveRange, Probability, Range, log_uniform, moved
 
 
 class IntensityOptions(BaseModel):
@@ -60,7 +60,7 @@ class Intensity:
 
     def to(self, device: torch.device | str) -> "Intensity":
         """The same draw on another device."""
-        return self._each(lambda numbers: numbers.to(device))
+        return self._each(lambda numbers: moved(numbers, device))
 
     def image(self, x: Tensor) -> Tensor:
         """The changed images (B, C, H, W), same shape and dtype (x itself if nothing is drawn).
@@ -74,13 +74,13 @@ class Intensity:
         if draw.blur is not None:
             out = gaussian_blur(out, draw.blur, self.radius)
         if draw.gamma is not None:
-            out = out.abs().pow(_column(draw.gamma, out)).copysign(out)
+            out = signed_power(out, _column(draw.gamma, out))
         if draw.contrast is not None or draw.brightness is not None:
             out = draw._linear(out)
         if draw.noise is not None:
             generator = torch.Generator(x.device).manual_seed(self.seed)
             noise = torch.randn(self.total, *x.shape[1:], generator=generator, device=x.device)[draw.rows]
-            out = out + noise.mul_(_column(draw.noise, noise))
+            out = noise.to(out.dtype).mul_(_column(draw.noise, out)).add_(out)
         if self.clip is not None:
             out = out.clamp(*self.clip)
         return out.to(x.dtype)
@@ -91,7 +91,7 @@ class Intensity:
         if self.contrast is None:
             return x + offset
         factor = _column(self.contrast, x)
-        return torch.addcmul(x.mean((2, 3), keepdim=True) * (1 - factor) + offset, x, factor)
+        return torch.mul(x, factor).add_(x.mean((2, 3), keepdim=True) * (1 - factor) + offset)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Intensity":
         changed: dict[str, Any] = {name: change(kept) for name, kept in vars(self).items() if isinstance(kept, Tensor)}
@@ -100,6 +100,12 @@ class Intensity:
 
 def _column(numbers: Tensor, x: Tensor) -> Tensor:
     return numbers.to(x.dtype).view(-1, 1, 1, 1)
+
+
+def signed_power(x: Tensor, exponent: Tensor) -> Tensor:
+    """sign(x) |x|^exponent, right to a few millionths: half the time of `pow`."""
+    # The logarithm of 0 (background, what lies outside a view) and its way back would take ten times as long.
+    return x.sign().mul_(x.abs().clamp_min_(1e-18).log_().mul_(exponent).exp_())
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:

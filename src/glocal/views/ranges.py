@@ -1,8 +1,9 @@
-"""Ranges in options, and numbers drawn from them."""
+"""Ranges in options, numbers drawn from them, and their way to the device."""
 
 import math
 from typing import Annotated
 
+import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
@@ -29,3 +30,8 @@ def uniform(chance: Tensor, limits: tuple[float, float]) -> Tensor:
 def log_uniform(chance: Tensor, limits: tuple[float, float]) -> Tensor:
     """Spread `chance`, uniform in [0, 1), over positive `limits` so that each doubling is equally likely."""
     return uniform(chance, (math.log(limits[0]), math.log(limits[1]))).exp()
+
+
+def moved(numbers: Tensor, device: torch.device | str) -> Tensor:
+    """`numbers` on `device`; on its way to a GPU nothing waits for what the GPU is still computing."""
+    return numbers.to(device, non_blocking=torch.device(device).type == "cuda")  # the way back must wait

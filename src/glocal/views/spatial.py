@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from glocal.views.ranges import PositiveRange, Probability, ShareRange, log_uniform, uniform
+from glocal.views.ranges import PositiveRange, Probability, ShareRange, log_uniform, moved, uniform
 
 Knots = Annotated[int, Field(ge=2)]
 
@@ -73,8 +73,8 @@ class Spatial:
 
     def to(self, device: torch.device | str) -> "Spatial":
         """The same draw on another device (a few hundred numbers)."""
-        moved = None if self.displacement is None else self.displacement.to(device)
-        return replace(self, matrix=self.matrix.to(device), displacement=moved)
+        displacement = None if self.displacement is None else moved(self.displacement, device)
+        return replace(self, matrix=moved(self.matrix, device), displacement=displacement)
 
     def grid(self, size: tuple[int, int]) -> Tensor:
         """Where each pixel of a view of `size` (H, W) comes from: (B, H, W, 2) float32, for `grid_sample`."""
@@ -151,13 +151,13 @@ def draw_spatial(options: SpatialOptions, batch: int, size: tuple[int, int], gen
     centre, then shifted, then mirrored. Every option has its own random numbers: changing one leaves the others' draws.
     """
     chances = torch.rand(11, batch, generator=generator, dtype=torch.float64)
-    moved = chances[10] < options.probability
-    matrix = torch.where(moved[:, None, None], _affine(options, size, chances), torch.eye(2, 3, dtype=torch.float64))
+    chosen = chances[10] < options.probability
+    matrix = torch.where(chosen[:, None, None], _affine(options, size, chances), torch.eye(2, 3, dtype=torch.float64))
     displacement = None
     if options.elastic:
         knots = options.elastic_grid if isinstance(options.elastic_grid, tuple) else (options.elastic_grid,) * 2
         pixels = torch.randn(batch, 2, *knots, generator=generator) * options.elastic
-        displacement = pixels * 2 / torch.tensor([size[1], size[0]]).view(2, 1, 1) * moved.view(-1, 1, 1, 1)
+        displacement = pixels * 2 / torch.tensor([size[1], size[0]]).view(2, 1, 1) * chosen.view(-1, 1, 1, 1)
     still = displacement is None and torch.equal(matrix, torch.eye(2, 3, dtype=torch.float64).expand_as(matrix))
     return Spatial(matrix.float(), displacement, still)
 
