@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := .venv-peers
 
-.PHONY: demo test format clean
+.PHONY: demo test bench bench-peers format clean
 
 demo: $(VENV)/.installed          ## phantom -> pre-train -> fine-tune -> predict -> evaluate -> report
 	$(BIN)/glocal demo --out demo
@@ -14,15 +15,26 @@ test: $(VENV)/.installed          ## lint, types, tests
 	$(BIN)/mypy
 	$(BIN)/pytest
 
+bench: $(VENV)/.installed         ## what everything costs, beside MONAI, SimpleITK and the bare network; fifteen minutes on a quiet machine
+	$(BIN)/python -m benchmarks
+
+bench-peers: $(PEERS)/.installed  ## the rows beside lightly, TorchIO, batchgeneratorsv2, blosc2, which need another PyTorch (6 GB)
+	$(PEERS)/bin/python -m benchmarks --peers
+
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) $(PEERS) demo
 
 # The constraints hold every version; a change of them or of pyproject.toml refreshes the environment.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(PEERS)/.installed: pyproject.toml benchmarks/peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt -e .
 	touch $@

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -163,18 +164,23 @@ def record(name: str, rows: Iterable[Row]) -> None:
 
 def recorded(name: str) -> list[Row]:
     """The rows that `record` kept."""
-    content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return [Row(**{key: tuple(v) if isinstance(v, list) else v for key, v in row.items()}) for row in content["rows"]]
+    rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")).get("rows", [])
+    return [Row(**{key: tuple(v) if isinstance(v, list) else v for key, v in row.items()}) for row in rows]
 
 
 def line(row: Row) -> str:
     """A row as text: what, ours, theirs, ratio, goal."""
-    figures = [f"{row.ours[0]:.4g} ({row.ours[1]:.4g}) {row.unit}"]
+    figures = [figure(row.ours, row.unit)]
     if row.theirs is not None:
-        figures.append(f"{row.against} {row.theirs[0]:.4g} ({row.theirs[1]:.4g}) {row.unit}")
+        figures.append(f"{row.against} {figure(row.theirs, row.unit)}")
     ratio = "" if row.ratio is None else f"{row.ratio:.3g}{' x' if row.theirs else ''}"
     goal = "" if row.goal is None else f"{row.sense} {row.goal:g}: {'reached' if row.reached else 'NOT REACHED'}"
     return "  ".join(part for part in (row.what, *figures, ratio, goal, row.note) if part)
+
+
+def figure(times: tuple[float, float], unit: str) -> str:
+    """Minimum, and in brackets the median."""
+    return f"{times[0]:.4g} ({times[1]:.4g}) {unit}"
 
 
 def main(rows: Callable[[], Iterable[Row]], threads: int = 1) -> None:
@@ -182,4 +188,5 @@ def main(rows: Callable[[], Iterable[Row]], threads: int = 1) -> None:
     spec = sys.modules["__main__"].__spec__
     assert spec is not None, "start it as python -m benchmarks.NAME"
     pinned(threads)
-    record(spec.name.rpartition(".")[2], rows())
+    # The environment with peers has another PyTorch: its figures are kept apart.
+    record(spec.name.rpartition(".")[2] + "-peers" * (find_spec("lightly") is not None), rows())

@@ -19,7 +19,7 @@ from glocal.data.plan import PreprocessOptions
 from glocal.data.preprocess import preprocess
 from glocal.data.sampling import Pool
 from glocal.data.store import Store
-from glocal.devices import compute_exactly, device_named, fabric_for, precision_of
+from glocal.devices import compute_exactly, fabric_for, precision_of
 from glocal.engine import iterate, set_up
 from glocal.networks.registry import build
 from glocal.pretraining.base import Stage
@@ -82,15 +82,15 @@ def output(stage: Any, x: Tensor) -> Tensor:
     return stage.g2(stage.network.decode(features, stage.options.blocks))
 
 
-def make_store(folder: Path, side: int) -> Store:
-    """Forty synthetic hearts as slices of `side` x `side`."""
+def make_store(folder: Path, side: int, subjects: int = 40) -> Store:
+    """Synthetic hearts as slices of `side` x `side`."""
     if not (folder / "raw").exists():
-        phantom(folder / "raw", 40)
+        phantom(folder / "raw", subjects)
     return preprocess(folder / "raw", folder / f"store-{side}", PreprocessOptions(size=(side, side)), workers=1)
 
 
 def against_bare(store: Store, images: int, device: torch.device, goal: float) -> Iterator[Row]:
-    """Every stage beside its bare network."""
+    """Every stage beside its bare network; `goal` for the ratio of their times."""
     side = store.plan.options.size[0]
     for method in ("gcl", "pcl"):
         pairs = zip(stages(store, method, images), stages(store, method, images), strict=True)
@@ -174,16 +174,16 @@ def compiled(store: Store, device: torch.device) -> Row:
     )
 
 
-def rows(device: str = "cpu") -> Iterator[Row]:
+def rows() -> Iterator[Row]:
     """The table of this file."""
-    where = device_named(device)
+    cpu = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         for side in (96, 192):
             store = make_store(Path(folder), side)
-            yield from against_bare(store, 40, where, 1.10)
-            yield precision(store, where)
-        yield deterministic(make_store(Path(folder), 96), where)
-        yield compiled(make_store(Path(folder), 96), where)
+            yield from against_bare(store, 40, cpu, 1.10)
+            yield precision(store, cpu)
+        yield deterministic(make_store(Path(folder), 96), cpu)
+        yield compiled(make_store(Path(folder), 96), cpu)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from glocal import devices, engine
 from glocal.checkpoints import training_state
 from glocal.data.store import Store
-from glocal.devices import device_named, fabric_for
+from glocal.devices import fabric_for
 from glocal.engine import TrainingOptions, learning_rate_factor, train
 from glocal.errors import GlocalError
 from glocal.experiments.steps import pretrain_with
@@ -171,27 +171,6 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
         train(Learner(), options(), tmp_path, "test")
 
 
-@pytest.mark.parametrize("name", ["foo", "mps", "cuda:x", "cuda:99", "", "autocpu", "cpu0"])
-def test_an_unknown_device_is_refused(name: str) -> None:
-    with pytest.raises(GlocalError, match="device="):
-        device_named(name)
-
-
-def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert device_named("cpu") == torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert device_named("auto") == torch.device("cpu")
-    with pytest.raises(GlocalError, match="device=cuda was asked for, but this machine has 0 GPUs"):
-        device_named("cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert device_named("auto") == torch.device("cuda")
-    assert device_named("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(GlocalError, match="has 2 GPUs"):
-        device_named("cuda:2")
-
-
 def test_bfloat16_stays_finite_and_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     learner = Learner()
     train(learner, options(precision="bfloat16"), tmp_path, "test")
@@ -208,6 +187,21 @@ def test_bfloat16_stays_finite_and_is_remembered(tmp_path: Path, monkeypatch: py
     assert "32" in str(fabric_for(torch.device("cpu"), "auto")._precision.precision)
     monkeypatch.setattr(devices, "_has_bfloat16_units", lambda device: True)
     assert "bf16" in str(fabric_for(torch.device("cpu"), "auto")._precision.precision)
+
+
+def test_a_deterministic_training_gives_the_same_weights(tmp_path: Path) -> None:
+    seen: list[bool] = []
+
+    class Watched(Learner):
+        def forward(self, step: int) -> dict[str, Tensor]:
+            seen.append(torch.are_deterministic_algorithms_enabled())
+            return super().forward(step)
+
+    learners = [Watched() for _ in range(3)]
+    for learner, exactly in zip(learners, (True, True, False), strict=True):
+        train(learner, options(deterministic=exactly), tmp_path / str(len(seen)), "test")
+    assert seen == [True] * 2 * COUNT + [False] * COUNT
+    assert same(learners[0].state_dict(), learners[1].state_dict())
 
 
 def test_tensorboard_gets_the_figures(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -5,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from method_checks import ALL, MethodChecks
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from glocal.data.sampling import Slices
@@ -118,3 +120,15 @@ def test_volumes_of_one_slice_have_no_positions(odd: Store, tmp_path: Path, chea
     with pytest.raises(GlocalError, match=r"every volume here is a single slice.*gcl"):
         run(odd, tmp_path / "run", cheap, ("odd1",))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_compiled_network_learns_the_same(store: Store, cheap: dict[str, Any], tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    settings = {**cheap, **WIDTHS, "method": "pcl", "max_iterations": 3, "optimizer": "sgd"}
+    plain, compiled = (
+        load_file(pretrain(store, tmp_path / str(choice), {**settings, "compile": choice})) for choice in (False, True)
+    )
+    assert plain.keys() == compiled.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-4)

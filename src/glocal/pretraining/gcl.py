@@ -99,9 +99,8 @@ class Global(Stage):
             masks = g_d_minus(image, partition)
         else:
             masks = g_d(image, volume, partition, original)
-        positive, negative = (mask.to(embeddings.device) for mask in masks)
         self.watch(embeddings)
-        return {"loss": contrastive_loss(embeddings, positive, negative, o.temperature, denominator="one")}
+        return {"loss": contrastive_loss(embeddings, *masks, o.temperature, denominator="one")}
 
     def _refuse_impossible(self) -> None:
         """Without anything to attract, or anything to repel, the loss is 0 whatever the weights."""
@@ -160,7 +159,7 @@ class Local(Stage):
         maps = self.g2(self.network.decode(features, o.blocks))
 
         vectors = whole(self.projection(region_vectors(maps, self.positions, o.kernel)), len(slices))
-        positive, negative = (m.to(maps.device) for m in local_masks(o.regions, o.kernel, o.negatives))
+        positive, negative = local_masks(o.regions, o.kernel, o.negatives)
         image, volume = torch.arange(len(slices)).repeat(2), slices.volume.repeat(2)
         if o.local == "random":
             pairs = pairs_local_random(image)

@@ -81,13 +81,7 @@ class Encoder(Stage):
             positive, negative = positional(image, position_of(number, count, o.position), o.threshold)
         else:
             positive, negative = same_label(pcl_partition(number, count))
-        loss = contrastive_loss(
-            embeddings,
-            positive.to(embeddings.device),
-            negative.to(embeddings.device),
-            o.temperature,
-            denominator="all",
-        )
+        loss = contrastive_loss(embeddings, positive, negative, o.temperature, denominator="all")
         self.watch(embeddings)
         return {"loss": loss * (o.temperature / 0.07 if o.scale == "supcon" else 1.0)}
 
