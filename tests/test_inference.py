@@ -7,15 +7,19 @@ import SimpleITK as sitk
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from torch import nn
 
 from glocal import inference
 from glocal.data.image import Geometry, geometry_of, read_file, read_image, read_labels, write_volume
+from glocal.data.orientation import Undo
+from glocal.data.prepare import restore
 from glocal.data.store import Store
 from glocal.errors import GlocalError
 from glocal.evaluation.metrics import dice
-from glocal.inference import list_inputs, predict
+from glocal.inference import folded, list_inputs, predict, slice_probabilities
 from glocal.model import load_network, read_header, save_model
 from glocal.networks.registry import build
+from glocal.networks.unet import UNet, UNetOptions
 
 Array = NDArray[Any]
 
@@ -42,6 +46,65 @@ def touch(folder: Path, *names: str) -> Path:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name != "predictions.json")
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    """A U-Net in training mode whose batch norms are far from the identity."""
+    generator = torch.Generator().manual_seed(0)
+    network = UNet(2, 3, UNetOptions(widths=(4, 6, 8)))
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.bias is not None:
+            module.bias.data.normal_(generator=generator)
+        if isinstance(module, nn.BatchNorm2d):
+            for mean in (module.running_mean, module.bias.data):
+                mean.normal_(generator=generator)
+            for scale in (module.running_var, module.weight.data):
+                scale.uniform_(0.5, 2, generator=generator)
+    return network.train()
+
+
+def slices(count: int, side: int = 24) -> torch.Tensor:
+    return torch.randn(count, 2, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def test_folding_changes_no_probability_and_not_the_network(network: nn.Module) -> None:
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    fast = folded(network)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
+    assert network.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    with torch.no_grad():
+        expected = network.eval()(slices(3)).softmax(1)
+        assert torch.allclose(fast(slices(3)).softmax(1), expected, atol=1e-4)
+    assert expected.amax(1).std() > 0.05  # or any network would pass
+
+
+def test_folding_leaves_alone_what_it_does_not_know() -> None:
+    other = nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 3, 1), nn.ReLU(), nn.BatchNorm2d(3))
+    assert [type(layer) for layer in folded(other)] == [nn.BatchNorm2d, nn.Conv2d, nn.ReLU, nn.BatchNorm2d]
+
+
+@pytest.mark.parametrize("pixels", [1, 2 * 24 * 24, 10**9])
+def test_how_many_slices_run_at_once_does_not_matter(
+    network: nn.Module, pixels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = network.eval()(slices(5)).softmax(1)
+    monkeypatch.setitem(inference._PIXELS_AT_ONCE, "cpu", pixels)
+    parts = list(slice_probabilities(folded(network), slices(5), torch.device("cpu")))
+    assert len(parts) == {1: 5, 2 * 24 * 24: 3, 10**9: 1}[pixels]
+    assert torch.allclose(torch.cat(parts), expected, atol=1e-4)
+
+
+def test_the_mask_is_the_largest_restored_probability() -> None:
+    """Slices along x, two axes reversed, native pixels of another size, a field that is cropped and padded."""
+    undo = Undo((2, 0, 1), (True, False, True), (5, 17, 30), (20, 26), (24, 20), (16, 16))
+    noise = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(2)).softmax(1)
+    kept = np.empty((3, 17, 30, 5), np.float32)
+    mask = restore(noise.split(2), undo, kept)
+    assert np.array_equal(mask, kept.argmax(0))
+    assert np.array_equal(mask, restore([noise], undo))
+    assert {0, 1, 2} == set(np.unique(mask))
 
 
 @pytest.mark.parametrize(
@@ -136,6 +199,20 @@ def test_probabilities_belong_to_the_mask(image: tuple[Array, Geometry], finetun
     clear = np.ptp(np.sort(probabilities, axis=0)[-2:], axis=0) > 0.01
     assert clear.mean() > 0.9
     assert np.array_equal(probabilities.argmax(0)[clear], mask[clear])
+
+
+def test_a_volume_restored_slice_by_slice_gives_the_same_files(
+    image: tuple[Array, Geometry], finetuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_volume(tmp_path / "in" / "a.nrrd", *image)
+    found = []
+    for name, pixels in (("at once", 10**9), ("one by one", 1)):
+        monkeypatch.setitem(inference._PIXELS_AT_ONCE, "cpu", pixels)
+        (mask,) = predict(finetuned, tmp_path / "in", tmp_path / name, probabilities=True, device="cpu")
+        found.append((read_labels(mask).array, np.load(tmp_path / name / "a.npz")["probabilities"]))
+    (first, first_kept), (second, second_kept) = found
+    assert (first != second).mean() < 1e-4  # ties, within rounding
+    assert np.allclose(first_kept.astype(np.float32), second_kept.astype(np.float32), atol=1e-3)
 
 
 def test_files_are_grouped_into_cases(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,9 @@ _OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _OUT_OF_SPACE_IN_WORDS = re.compile(r"os error (28|122)\b|requested and \d+ written")  # safetensors, NumPy
 _IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_YOUNG = (
+    10 * 10**9
+)  # ns; above the coarsest clock of a file system (2 s), with room for a server's clock that is behind
 
 
 @contextmanager
@@ -91,3 +95,15 @@ def digest(path: Path) -> str:
     """SHA-256 of a file's bytes, as hexadecimal text."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stamp(path: Path) -> list[int] | None:
+    """What differs once a file was written, replaced or copied: size, times of change of content and entry, inode.
+
+    The second time cannot be set back, so that a copy or a restored file never has the stamp of another. None while
+    the last change is so recent that one more might get the same time: such a file must be read to know it.
+    """
+    found = path.stat()
+    if max(found.st_mtime_ns, found.st_ctime_ns) > time.time_ns() - _YOUNG:
+        return None
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]

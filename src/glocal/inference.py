@@ -1,7 +1,7 @@
 """From a volume to its mask: slices through the network, probabilities back to native geometry, argmax there."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,14 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from glocal.data.image import FILE_ENDINGS, dicom_series, file_ending, is_volume_file, read_image, write_like
-from glocal.data.orientation import Undo
 from glocal.data.plan import Plan
-from glocal.data.prepare import prepare
+from glocal.data.prepare import prepare, restore
 from glocal.devices import device_named
 from glocal.errors import GlocalError
 from glocal.files import digest, read_json, replacing, write_json
@@ -24,7 +22,7 @@ from glocal.model import find_model, load_network
 from glocal.progress import track
 
 # Few on a CPU, so that the finest feature maps stay in its cache.
-_PIXELS_AT_ONCE = {"cpu": 100_000, "cuda": 1_000_000}
+_PIXELS_AT_ONCE = {"cpu": 2**16, "cuda": 2**20}
 # A mask is one file: these headers have their voxels in a second one, their formats have an ending that has not.
 _IN_ONE_FILE = {".mhd": ".mha", ".nhdr": ".nrrd"}
 
@@ -45,51 +43,20 @@ def folded(network: nn.Module) -> nn.Module:
     return copy
 
 
-def slice_probabilities(network: nn.Module, images: Tensor, device: torch.device) -> Tensor:
-    """Class probabilities of slices.
+@torch.inference_mode()
+def slice_probabilities(network: nn.Module, images: Tensor, device: torch.device) -> Iterator[Tensor]:
+    """Class probabilities of slices, some slices at a time, so that those of a whole volume need not be held.
 
     Args:
-        network: gives logits; used in evaluation mode, and left as it is.
+        network: gives logits; in evaluation mode, on the device: see `folded`.
         images: `(n, C, H, W)` float32.
 
-    Returns:
-        `(n, K, H, W)` float32 on the CPU.
+    Yields:
+        `(m, K, H, W)` float32 on the CPU.
     """
-    return torch.cat(list(_probabilities(folded(network), images, device)))
-
-
-@torch.inference_mode()
-def _probabilities(network: nn.Module, images: Tensor, device: torch.device) -> Iterator[Tensor]:
-    """The same, some slices at a time; `network` is folded."""
     at_once = max(1, _PIXELS_AT_ONCE[device.type] // images[0, 0].numel())
     for part in torch.split(images, at_once):  # in float32 on every device, so that masks do not depend on it
         yield network(part.to(device)).float().softmax(1).cpu()
-
-
-def native_mask(probabilities: Tensor, undo: Undo) -> NDArray[np.uint8]:
-    """Slice probabilities `(n, K, H, W)` as a mask `(z, y, x)`: restored to native resolution first, argmax there."""
-    mask = np.empty(_native_shape(undo), dtype=np.uint8)
-    _restore(torch.split(probabilities, 1), undo, mask)
-    return mask
-
-
-def _native_shape(undo: Undo) -> tuple[int, ...]:
-    return tuple(undo.shape[undo.order.index(axis)] for axis in range(3))
-
-
-def _restore(
-    parts: Iterable[Tensor], undo: Undo, mask: NDArray[np.uint8], kept: NDArray[np.float16] | None = None
-) -> None:
-    """Write the native `mask` `(z, y, x)` of successive slices `(m, K, H, W)`, and `kept` probabilities `(K, z, y, x)`.
-
-    Part by part: the native probabilities of a whole volume would be its largest array by far.
-    """
-    slices, start = undo.oriented(mask[None])[:, 0], 0
-    for part in parts:
-        native, place = undo.to_native(part), slice(start, start := start + len(part))
-        slices[place] = native.max(1).indices.numpy()  # argmax would be the same, slower
-        if kept is not None:
-            undo.oriented(kept)[place] = native.numpy()
 
 
 @dataclass(frozen=True)
@@ -196,9 +163,8 @@ def _predict_case(
         prepared = prepare(volume, plan)
     except GlocalError as error:
         raise GlocalError(f"{case.files[0]}: {error}") from error
-    mask = np.empty(volume.array.shape[1:], dtype=np.uint8)
-    kept = np.empty((len(plan.labels), *mask.shape), dtype=np.float16) if probabilities else None
-    _restore(_probabilities(network, prepared.images, device), prepared.undo, mask, kept)
+    kept = np.empty((len(plan.labels), *volume.array.shape[1:]), dtype=np.float16) if probabilities else None
+    mask = restore(slice_probabilities(network, prepared.images, device), prepared.undo, kept)
     if kept is not None:
         with replacing(target.parent / f"{case.name}.npz") as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, probabilities=kept)

@@ -9,7 +9,9 @@ from torch.nn.functional import one_hot
 
 from glocal.data.dataset import Case, Dataset
 from glocal.data.image import Geometry, Volume, write_volume
-from glocal.data.preprocess import Plan, PreprocessOptions, Undo, make_plan, prepare, prepare_labels, restore
+from glocal.data.orientation import resize
+from glocal.data.prepare import _percentiles, restore
+from glocal.data.preprocess import Plan, PreprocessOptions, Undo, make_plan, prepare, prepare_labels
 from glocal.errors import GlocalError
 
 LABELS = {"background": 0, "disc": 1, "ring": 2}
@@ -49,22 +51,31 @@ def laid_out(array, spacing, directions, order, back):
     return volume_of(stored, [spacing[k] for k in order], np.asarray(directions)[list(order)] * signs), flips
 
 
+def native(probabilities, undo):
+    """Probabilities of slices `(n, K, H, W)` as those of the volume `(K, z, y, x)`."""
+    shape = [undo.shape[undo.order.index(axis)] for axis in range(3)]
+    kept = np.full((probabilities.shape[1], *shape), np.nan, dtype=np.float32)
+    mask = restore(probabilities.split(3), undo, kept)
+    np.testing.assert_array_equal(mask, kept.argmax(0))
+    return kept
+
+
 @pytest.mark.parametrize("spacing", [(5.0, 1.5, 1.2), (1.0, 1.0, 1.0)], ids=["anisotropic", "isotropic"])
 def test_every_layout_of_a_volume_gives_the_same_slices_and_returns_to_its_own_layout(spacing):
     array = np.random.default_rng(0).normal(size=(4, 7, 6)).astype(np.float32)
     plan = plan_of(OBLIQUE, spacing=(1.3, 1.3), field=(6, 8), size=(5, 5))
     expected = prepare(volume_of(array, spacing, OBLIQUE), plan)
     probabilities = torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
-    native = restore(probabilities, expected.undo)
+    first = native(probabilities, expected.undo)
     for order, back in layouts():
         volume, flips = laid_out(array, spacing, OBLIQUE, order, back)
         prepared = prepare(volume, plan)
         # Equal but for the order in which the percentile and interpolation round.
         torch.testing.assert_close(prepared.images, expected.images)
         assert prepared.warnings == ()
-        other = restore(probabilities, prepared.undo)
+        other = native(probabilities, prepared.undo)
         assert other.shape[1:] == volume.array.shape[1:]
-        np.testing.assert_allclose(other, np.stack([k.transpose(order)[flips] for k in native]), atol=1e-6)
+        np.testing.assert_allclose(other, np.stack([k.transpose(order)[flips] for k in first]), atol=1e-6)
 
 
 def test_without_resampling_nothing_is_interpolated():
@@ -77,7 +88,7 @@ def test_without_resampling_nothing_is_interpolated():
     assert prepared.undo.reversed == (True, True, True)
     np.testing.assert_array_equal(prepared.images[:, 0].numpy(), array[::-1, ::-1, ::-1])
     slices = prepare_labels(volume_of(labels, directions=flipped), prepared.undo, plan)
-    back = restore(one_hot(slices.long(), 3).movedim(-1, 1).float(), prepared.undo)
+    back = native(one_hot(slices.long(), 3).movedim(-1, 1).float(), prepared.undo)
     np.testing.assert_array_equal(back.argmax(0), labels)
 
 
@@ -90,7 +101,7 @@ def test_a_linear_ramp_comes_back_without_shift(size):
     prepared = prepare(volume_of(array, spacing=(8.0, 1.1, 1.4)), plan_of(**options))
     assert prepared.undo.canvas == (99, 98)
     assert prepared.images.shape == (3, 1, *size)
-    back = restore(torch.cat([1 - prepared.images, prepared.images], dim=1), prepared.undo)
+    back = native(torch.cat([1 - prepared.images, prepared.images], dim=1), prepared.undo)
     assert back.shape == (2, 3, 90, 70)
     shift = (160 * back[1] - array)[:, 10:-10, 10:-10]
     assert np.abs(shift).max() < 0.15
@@ -113,7 +124,7 @@ def test_labels_come_back_in_place(size):
     slices = prepare_labels(volume_of(labels), undo, plan)
     assert slices.dtype == torch.uint8
     assert slices.shape == (16, *size)
-    back = restore(one_hot(slices.long(), 3).movedim(-1, 1).float(), undo).argmax(0)
+    back = native(one_hot(slices.long(), 3).movedim(-1, 1).float(), undo).argmax(0)
     for value in (1, 2):
         dice = 2 * ((back == value) & (labels == value)).sum() / ((back == value).sum() + (labels == value).sum())
         assert dice > 0.95
@@ -130,7 +141,7 @@ def test_the_field_is_centred_and_all_outside_it_is_background():
     assert prepared.images[..., :2].abs().sum() + prepared.images[..., 6:].abs().sum() == 0
     probabilities = torch.zeros(2, 2, 6, 8)
     probabilities[:, 1] = 1
-    back = restore(probabilities, prepared.undo)
+    back = native(probabilities, prepared.undo)
     assert (back[1, :, 2:8] == 1).all()
     assert (back[0, :, :2] == 1).all()
     assert (back[0, :, 8:] == 1).all()
@@ -279,3 +290,21 @@ def test_odd_orientations_are_warned_about():
     unknown = prepare(volume_of(array, known=False, directions=-np.eye(3)[::-1]), plan)
     assert "no direction" in unknown.warnings[0]
     assert (unknown.undo.order, unknown.undo.reversed) == ((0, 1, 2), (False, False, False))
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000, 20001])
+def test_percentiles_are_numpys(size):
+    values = np.random.default_rng(size).normal(100, 40, size=size).astype(np.float32)
+    for array in (values, values.round(), np.sort(values)):
+        percents = (0.0, 0.5, 1.0, 37.2, 50.0, 99.0, 99.9, 100.0)
+        assert list(_percentiles(array, percents)) == np.percentile(array, percents).tolist()
+
+
+def test_labels_shrink_to_the_class_that_covers_most_and_of_equal_ones_the_lowest():
+    labels = torch.from_numpy(np.random.default_rng(0).integers(0, 4, size=(5, 24, 18)).astype(np.uint8))
+    labels[1], labels[2] = 0, 3
+    labels[3, :, 9:] = 2
+    for size in ((12, 9), (10, 13), (30, 40)):
+        undo = Undo((0, 1, 2), (False,) * 3, (5, 24, 18), (24, 18), (24, 18), size)
+        shares = resize(one_hot(labels.long(), 4).movedim(-1, 1).float(), size)
+        assert torch.equal(undo.labels_to_network(labels).long(), shares.max(dim=1).indices)

@@ -18,7 +18,7 @@ from glocal.evaluation.metrics import METRICS, dice
 from glocal.experiments.report import report
 from glocal.files import read_json, write_json
 from glocal.finetuning.finetune import _Validation, finetune
-from glocal.inference import slice_probabilities
+from glocal.inference import folded, slice_probabilities
 from glocal.model import load_network, read_header
 from glocal.pretraining.pretrain import pretrain
 from glocal.runs import manifest_of
@@ -58,15 +58,16 @@ def test_only_what_was_drawn_was_trained_on(finetuned: Path) -> None:
 def test_the_best_weights_on_validation_are_kept_beside_the_last(finetuned: Path, store: Store) -> None:
     lines = [json.loads(line) for line in (finetuned / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     values = {line["iteration"]: line["validation_dice"] for line in lines if "validation_dice" in line}
-    assert list(values) == [25, 50, 75, 100]
+    assert list(values) == [25, 50, 75, 100, 125, 150]
     best, last = (load_network(finetuned / f"{name}.safetensors") for name in ("best", "model"))
     assert best[1].provenance["validation_dice"] == max(values.values())
     assert "validation_dice" not in last[1].provenance
     (case,) = read_json(finetuned / "split.json")["draw"]["validation"]
     number = store.index_of(case)
     truth = store.labels_of(store.first[number] + torch.arange(store.volumes[number].slices))
-    for (network, _), expected in ((best, max(values.values())), (last, values[100])):
-        mask = slice_probabilities(network, store.volume(case), torch.device("cpu")).argmax(1)
+    for (network, _), expected in ((best, max(values.values())), (last, values[150])):
+        parts = slice_probabilities(folded(network), store.volume(case), torch.device("cpu"))
+        mask = torch.cat([part.argmax(1) for part in parts])
         overlaps = [dice((mask == k).numpy(), (truth == k).numpy()) for k in (1, 2)]
         assert np.mean(overlaps) == pytest.approx(expected, abs=2e-3)
 

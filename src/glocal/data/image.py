@@ -86,8 +86,10 @@ def read_file(path: Path) -> sitk.Image:
         return read_dicom(path, series[0])
     if not path.is_file():
         raise GlocalError(f"{path} does not exist.")
+    nifti = path.name.lower().endswith((".nii", ".nii.gz"))
     try:
-        image = sitk.ReadImage(str(path))
+        # Without a name for the format, ITK opens the file once for each that it knows.
+        image = sitk.ReadImage(str(path), imageIO="NiftiImageIO" if nifti else "")
     except RuntimeError as error:
         if "orthonormal" in str(error):
             raise GlocalError(
@@ -95,7 +97,7 @@ def read_file(path: Path) -> sitk.Image:
                 "correct its orientation."
             ) from error
         raise _unreadable(path) from error
-    if path.name.lower().endswith((".nii", ".nii.gz")) and not _nifti_complete(path, image):
+    if nifti and not _nifti_complete(path, image):
         raise _unreadable(path)
     return image
 
@@ -189,18 +191,17 @@ def read_image(paths: Sequence[Path]) -> Volume:
     Raises:
         GlocalError: unreadable file, not three-dimensional, or channels that do not lie voxel on voxel.
     """
-    channels: list[NDArray[np.float32]] = []
-    geometry: Geometry | None = None
-    for path in paths:
-        image = _read_scalar(path)
-        found = geometry_of(image)
-        if geometry is not None:
-            require_same_grid(found, geometry, path, paths[0])
-        geometry = geometry or found
-        channels.append(sitk.GetArrayFromImage(image).astype(np.float32))
-    if geometry is None:
+    if not paths:
         raise GlocalError("A case needs at least one image file.")
-    return Volume(np.stack(channels), geometry)
+    image = _read_scalar(paths[0])
+    geometry = geometry_of(image)
+    array = np.empty((len(paths), *geometry.size[::-1]), dtype=np.float32)
+    array[0] = sitk.GetArrayViewFromImage(image)
+    for channel, path in zip(array[1:], paths[1:], strict=True):
+        image = _read_scalar(path)
+        require_same_grid(geometry_of(image), geometry, path, paths[0])
+        channel[:] = sitk.GetArrayViewFromImage(image)
+    return Volume(array, geometry)
 
 
 def require_same_grid(found: Geometry, wanted: Geometry, path: Path, reference: Path) -> None:
@@ -236,11 +237,10 @@ def read_labels(path: Path) -> Volume:
         GlocalError: unreadable file, not three-dimensional, or values that are not whole numbers.
     """
     image = _read_scalar(path)
-    array = sitk.GetArrayFromImage(image)
-    labels = np.zeros(array.shape, np.int32)
+    array = sitk.GetArrayViewFromImage(image)
     with np.errstate(invalid="ignore"):  # NaN and values beyond 32 bits differ after the cast, and are refused below
-        labels[:] = array
-    if not np.array_equal(labels, array):
+        labels = array.astype(np.int32)
+    if not np.can_cast(array.dtype, np.int32) and not np.array_equal(labels, array):
         raise GlocalError(f"{path} holds values that are not whole numbers: it is no label map.")
     return Volume(labels[None], geometry_of(image))
 

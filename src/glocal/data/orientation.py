@@ -104,14 +104,13 @@ class Undo:
         """`(n, C, *native)` → `(n, C, *size)`; what is padded is 0."""
         return resize(place(resize(slices, self.canvas), self.field), self.size)
 
-    def labels_to_network(self, labels: Tensor, classes: int) -> Tensor:
+    def labels_to_network(self, labels: Tensor) -> Tensor:
         """`(n, *native)` → `(n, *size)`, integers; each pixel takes the class that covers most of it.
 
         Not the nearest pixel's: halved, a pixel has four nearest ones, and always choosing the same of them would
         shift the labels by half a native pixel against the image.
         """
-        canvas = _resize_labels(labels, self.canvas, classes)
-        return _resize_labels(place(canvas, self.field), self.size, classes)
+        return _resize_labels(place(_resize_labels(labels, self.canvas), self.field), self.size)
 
     def to_native(self, probabilities: Tensor) -> Tensor:
         """`(n, K, *size)` → `(n, K, *native)`; outside the field all probability is the background's (class 0)."""
@@ -122,12 +121,13 @@ class Undo:
 
     def kept(self, foreground: NDArray[np.bool_]) -> float:
         """Share of the `foreground` `(n, *native)` that the field keeps; 1 if there is none."""
-        inside = [
+        rows, columns = (
             np.abs((np.arange(native) + 0.5) * canvas / native + _offset(canvas, field) - field / 2) < field / 2
             for native, canvas, field in zip(self.shape[1:], self.canvas, self.field, strict=True)
-        ]
-        total = int(foreground.sum())
-        return float(foreground[:, np.outer(*inside)].sum() / total) if total else 1.0
+        )
+        where = foreground.sum(axis=0, dtype=np.uint32)
+        total = int(where.sum())
+        return int(where[rows][:, columns].sum()) / total if total else 1.0
 
 
 def resize(slices: Tensor, size: Pair) -> Tensor:
@@ -150,8 +150,23 @@ def _offset(old: int, new: int) -> int:
     return int((new - old) / 2)
 
 
-def _resize_labels(labels: Tensor, size: Pair, classes: int) -> Tensor:
+def _resize_labels(labels: Tensor, size: Pair) -> Tensor:
+    """`(n, H, W)` → `(n, *size)`; of values that cover equal parts of a pixel the lowest wins."""
     if tuple(labels.shape[-2:]) == tuple(size):
         return labels
-    one_hot = labels[:, None] == torch.arange(classes)[:, None, None]
-    return resize(one_hot.float(), size).argmax(dim=1).to(labels.dtype)
+    result = labels.new_empty((len(labels), *size))
+    for slice_, winner in zip(labels, result, strict=True):  # one by one: most hold few of the values, many only one
+        first, last = (int(value) for value in slice_.aminmax())
+        winner.fill_(first)
+        if first == last:
+            continue
+        largest = _share(slice_, first, size)
+        for value in slice_.ravel().bincount().nonzero().ravel().tolist()[1:]:
+            share = _share(slice_, value, size)
+            winner.masked_fill_(share > largest, value)
+            largest = torch.maximum(largest, share)
+    return result
+
+
+def _share(labels: Tensor, value: int, size: Pair) -> Tensor:
+    return resize((labels == value).float()[None, None], size)[0, 0]

@@ -21,10 +21,10 @@ from glocal.data.dataset import Case, Dataset, read_dataset
 from glocal.data.image import read_image, read_labels, require_same_grid
 from glocal.data.orientation import Undo
 from glocal.data.plan import Plan, PreprocessOptions, make_plan
-from glocal.data.prepare import Prepared, prepare, prepare_labels, restore
+from glocal.data.prepare import Prepared, prepare, prepare_labels
 from glocal.data.store import Store
 from glocal.errors import GlocalError
-from glocal.files import digest, read_json, replacing, write_json
+from glocal.files import digest, read_json, replacing, stamp, write_json
 from glocal.processes import cores, follow_parent
 from glocal.progress import track
 
@@ -37,10 +37,10 @@ __all__ = [
     "prepare",
     "prepare_labels",
     "preprocess",
-    "restore",
 ]
 
 Record = dict[str, Any]
+Stamps = dict[str, list[int] | None]
 
 
 def preprocess(
@@ -65,13 +65,15 @@ def preprocess(
     dataset = read_dataset(dataset) if isinstance(dataset, Path) else dataset
     store = store.resolve()
     plan = _begin(dataset, store, options)
+    records = {case.name: record for case in dataset.cases if (record := _untouched(case, store, plan))}
+    cases = [case for case in dataset.cases if case.name not in records]
     task = partial(_prepare_case, root=dataset.root, store=store, plan=plan)
-    workers = min(workers or cores(), len(dataset.cases))
-    if executor is None and workers == 1:
-        records = [task(case) for case in track(dataset.cases, "Preprocessing", len(dataset.cases))]
+    workers = min(workers or cores(), len(cases))
+    if executor is None and workers <= 1:
+        done = [task(case) for case in track(cases, "Preprocessing", len(cases))]
     else:
-        records = _in_parallel(task, dataset.cases, nullcontext(executor) if executor else _pool(workers))
-    order = {case.name: number for number, case in enumerate(dataset.cases)}
+        done = _in_parallel(task, cases, nullcontext(executor) if executor else _pool(workers))
+    records |= {record["name"]: record for record in done}
     manifest = {
         "glocal": __version__,
         "name": dataset.name,
@@ -81,8 +83,9 @@ def preprocess(
         "split": dataset.split,
         "plan": plan.model_dump(mode="json"),
     }
-    cases = sorted(records, key=lambda record: order[record["name"]])
-    write_json(store / "index.json", {"manifest": manifest, "cases": cases})
+    # Without the stamps: the store's digest is made of the index, and a file that was only touched is the same data.
+    indexed = [{key: v for key, v in records[case.name].items() if key != "stamps"} for case in dataset.cases]
+    write_json(store / "index.json", {"manifest": manifest, "cases": indexed})
     return Store.open(store)
 
 
@@ -117,32 +120,57 @@ def _begin(dataset: Dataset, store: Path, options: PreprocessOptions) -> Plan:
     return Plan.model_validate(content["plan"])
 
 
+def _untouched(case: Case, store: Path, plan: Plan) -> Record | None:
+    """The record of a finished case whose sources nobody has touched since; none of them is read."""
+    record, stamps = _finished(case, store, plan), _stamps(case)
+    return record if record and record.get("stamps") == stamps and None not in stamps.values() else None
+
+
+def _finished(case: Case, store: Path, plan: Plan) -> Record | None:
+    """The record of a case that was prepared by the same plan, whatever its sources hold by now."""
+    path = _record_path(case, store)
+    if not path.is_file() or not all(target.is_file() for target in _targets(case, store)):
+        return None
+    record: Record = read_json(path)
+    return record if (record.get("subject"), record.get("plan")) == (case.subject, _plan_digest(plan)) else None
+
+
 def _prepare_case(case: Case, root: Path, store: Path, plan: Plan) -> Record:
     """Write one case's files unless they are there already, made of the same sources by the same plan."""
-    files = [*case.images, *([case.label] if case.label else [])]
-    made_of = {
-        "sources": {file.name: digest(file) for file in files},
-        "subject": case.subject,
-        "plan": _plan_digest(plan),
-    }
-    targets = [store / kind / f"{case.name}.npy" for kind in ("images", "labels")[: 1 + (case.label is not None)]]
-    record_path = store / "records" / f"{case.name}.json"
-    if record_path.is_file() and all(target.is_file() for target in targets):
-        record: Record = read_json(record_path)
-        if {key: record.get(key) for key in made_of} == made_of:
-            return record
-    try:
-        arrays, found = _arrays(case, plan)
-    except GlocalError as error:
-        raise GlocalError(f"Case {case.name}: {error} `glocal check {root}` lists all such cases.") from error
-    (store / "index.json").unlink(missing_ok=True)  # unfinished from now on
-    record_path.unlink(missing_ok=True)
-    for target, array in zip(targets, arrays, strict=True):
-        with replacing(target) as temporary:
-            np.save(temporary, array)
-    record = {"name": case.name, **made_of, **found}
-    write_json(record_path, record)
+    stamps = _stamps(case)  # before the files are read: what changes meanwhile is seen at the next start
+    sources = {file.name: digest(file) for file in _sources(case)}
+    record = _finished(case, store, plan)
+    if record is None or record.get("sources") != sources:
+        try:
+            arrays, found = _arrays(case, plan)
+        except GlocalError as error:
+            raise GlocalError(f"Case {case.name}: {error} `glocal check {root}` lists all such cases.") from error
+        (store / "index.json").unlink(missing_ok=True)  # unfinished from now on
+        _record_path(case, store).unlink(missing_ok=True)
+        for target, array in zip(_targets(case, store), arrays, strict=True):
+            with replacing(target) as temporary:
+                np.save(temporary, array)
+        made_of = {"sources": sources, "subject": case.subject, "plan": _plan_digest(plan)}
+        record = {"name": case.name, **made_of, **found}
+    record["stamps"] = stamps
+    write_json(_record_path(case, store), record)
     return record
+
+
+def _record_path(case: Case, store: Path) -> Path:
+    return store / "records" / f"{case.name}.json"
+
+
+def _targets(case: Case, store: Path) -> list[Path]:
+    return [store / kind / f"{case.name}.npy" for kind in ("images", "labels")[: 1 + (case.label is not None)]]
+
+
+def _sources(case: Case) -> list[Path]:
+    return [*case.images, *([case.label] if case.label else [])]
+
+
+def _stamps(case: Case) -> Stamps:
+    return {file.name: stamp(file) for file in _sources(case)}
 
 
 def _arrays(case: Case, plan: Plan) -> tuple[list[NDArray[Any]], Record]:
@@ -158,7 +186,7 @@ def _arrays(case: Case, plan: Plan) -> tuple[list[NDArray[Any]], Record]:
         if kept < 0.99:
             warnings.append(f"The field cuts off {1 - kept:.1%} of the labelled structures: enlarge field.")
     return arrays, {
-        "voxels": hashlib.sha256(arrays[0].tobytes()).hexdigest(),
+        "voxels": hashlib.sha256(arrays[0].data).hexdigest(),
         "slices": len(prepared.images),
         "labelled": case.label is not None,
         "spacing": volume.geometry.spacing,

@@ -147,7 +147,8 @@ def draw_labels(
     Raises:
         GlocalError: there are fewer labelled volumes, or a named case is not one that may be trained on.
     """
-    pool = {m.case: m for m in members if m.labelled and m.case in set(split.pretrain)}
+    trained_on = set(split.pretrain)
+    pool = {m.case: m for m in members if m.labelled and m.case in trained_on}
     order = shuffled((m.subject for m in pool.values()), seed, "draw", split.index, index)
     queue = [case for subject in order for case in sorted(c for c, m in pool.items() if m.subject == subject)]
     if isinstance(labels, int):
@@ -190,8 +191,8 @@ def refuse_leakage(members: Sequence[Member], split: Split, used: Iterable[str],
     Raises:
         GlocalError: names the first such subject and the way out.
     """
-    closed = split.development + (() if transductive else split.test)
-    seen = sorted({member.subject for member in members if member.case in set(closed)} & set(used))
+    closed = {*split.development, *(() if transductive else split.test)}
+    seen = sorted({member.subject for member in members if member.case in closed} & set(used))
     if seen:
         raise GlocalError(
             f"Subject {seen[0]}{f' and {len(seen) - 1} others' if len(seen) > 1 else ''} would be tested on but "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from glocal import runs
 from glocal.data.dataset import Dataset, read_dataset
 from glocal.data.image import write_like
+from glocal.data.prepare import restore
 from glocal.data.sampling import Pool
 from glocal.data.split import (
     Draw,
@@ -33,7 +34,7 @@ from glocal.evaluation.metrics import dice
 from glocal.files import digest, replacing, write_json
 from glocal.finetuning.base import FinetuningOptions
 from glocal.finetuning.registry import finetuning_options, strategy_named
-from glocal.inference import native_mask, slice_probabilities
+from glocal.inference import folded, slice_probabilities
 from glocal.model import Header, Transfer, find_model, load_network, read_header, save_model, transfer
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.registry import build
@@ -208,18 +209,18 @@ class _Validation:
 
     def __call__(self, strategy: nn.Module) -> dict[str, float]:
         """Mean foreground Dice over the validation volumes, on preprocessed slices."""
-        network: Any = strategy.network
-        values = []
+        trained: Any = strategy.network
+        network, values = folded(trained), []
         for case in self.cases:
             images = self.store.volume(case)
-            mask = slice_probabilities(network, images, self.device).argmax(1).numpy()
+            mask = torch.cat([part.argmax(1) for part in slice_probabilities(network, images, self.device)]).numpy()
             truth = self._truth(case).cpu().numpy()
             values += [dice(mask == k, truth == k) for k in self.store.labels.values() if k]
         value = float(np.mean(values))
         best = read_header(self.path).provenance["validation_dice"] if self.path.exists() else -1.0
         if value > best:
             provenance = {**self.header.provenance, "validation_dice": value}
-            save_model(self.path, network.state_dict(), self.header.model_copy(update={"provenance": provenance}))
+            save_model(self.path, trained.state_dict(), self.header.model_copy(update={"provenance": provenance}))
         return {"validation_dice": value}
 
     def _truth(self, case: str) -> Tensor:
@@ -276,7 +277,8 @@ def predict_cases(
 ) -> None:
     """Write the masks of cases of a store into `folder`, in native geometry, format and header."""
     images = {case.name: case.images[0] for case in dataset.cases}
+    network = folded(network)
     for case in cases:
         undo = store.volumes[store.index_of(case)].undo
-        mask = native_mask(slice_probabilities(network, store.volume(case), device), undo)
+        mask = restore(slice_probabilities(network, store.volume(case), device), undo)
         write_like(folder / f"{case}{dataset.file_ending}", mask, images[case])

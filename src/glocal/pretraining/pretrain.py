@@ -56,7 +56,7 @@ def pretrain(
     protocol = protocol or ProtocolOptions()
     split = split or make_split(store.volumes, store.split, protocol, options.seed)
     cases = split.pretrain + (split.test if protocol.transductive else ())
-    subjects = sorted({v.subject for v in store.volumes if v.case in cases})
+    subjects = sorted({store.volumes[store.index_of(case)].subject for case in cases})
     refuse_leakage(store.volumes, split, subjects, "would be pre-trained on", protocol.transductive)
 
     pool = Pool(store.to(joined(options.device)), cases)
