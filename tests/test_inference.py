@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from glocal import inference
+from glocal.data.dicom import same_locale
 from glocal.data.image import Geometry, geometry_of, read_file, read_image, read_labels, write_volume
 from glocal.data.orientation import Undo
 from glocal.data.prepare import restore
@@ -279,6 +280,7 @@ def test_two_channels_reach_the_network_in_order(store: Store, finetuned: Path, 
     assert not np.array_equal(masks[0], masks[1])
 
 
+@same_locale()
 def dicom(folder: Path, array: Array, geometry: Geometry, uid: str = "1.2.3") -> None:
     folder.mkdir(parents=True)
     writer = sitk.ImageFileWriter()

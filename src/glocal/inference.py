@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from glocal.data.image import FILE_ENDINGS, dicom_series, file_ending, is_volume_file, read_image, write_like
+from glocal.data.dicom import dicom_series
+from glocal.data.image import FILE_ENDINGS, file_ending, is_volume_file, read_image, write_like
 from glocal.data.plan import Plan
 from glocal.data.prepare import prepare, restore
 from glocal.devices import device_named

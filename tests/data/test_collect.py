@@ -15,6 +15,7 @@ from glocal.cli.collect import collect as command
 from glocal.data.check import check
 from glocal.data.collect import collect
 from glocal.data.dataset import read_dataset
+from glocal.data.dicom import same_locale
 from glocal.data.image import Geometry, read_image, read_labels, write_volume
 from glocal.errors import GlocalError
 
@@ -42,6 +43,7 @@ def label(path: Path, *values: int) -> np.ndarray:
     return array
 
 
+@same_locale()
 def dicom(folder: Path, uid: str, patient: str, name: str, slices: int = 4) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     writer = sitk.ImageFileWriter()

@@ -1,6 +1,7 @@
 """Reading and writing volumes: nothing is lost on the way, and nothing half is taken for whole."""
 
 import gzip
+import locale
 import struct
 import subprocess
 import sys
@@ -12,9 +13,9 @@ import SimpleITK as sitk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glocal.data.dicom import dicom_series, same_locale
 from glocal.data.image import (
     Geometry,
-    dicom_series,
     file_ending,
     geometry_of,
     is_volume_file,
@@ -47,6 +48,7 @@ def codes(path: Path) -> tuple[int, ...]:
     return struct.unpack_from("<2h", gzip.decompress(path.read_bytes()), 252)
 
 
+@same_locale()
 def write_dicom(
     folder: Path,
     uid: str = "1.2.3",
@@ -261,6 +263,15 @@ def test_the_slices_of_a_series_have_one_order_from_the_first_reading_on(tmp_pat
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
     first, second = done.stdout.splitlines()
     assert first == second == "30.0 20.0 10.0 0.0"
+
+
+def test_reading_dicom_leaves_the_locale_alone(tmp_path: Path) -> None:
+    write_dicom(tmp_path)
+    before = locale.setlocale(locale.LC_ALL)
+    if before == "C":
+        pytest.skip("the locale is C already")
+    read_image([tmp_path])
+    assert locale.setlocale(locale.LC_ALL) == before
 
 
 def test_dicom_folders_that_are_no_volume(tmp_path: Path) -> None:

@@ -17,12 +17,10 @@ import numpy as np
 import SimpleITK as sitk
 
 from glocal.data.dataset import some, write_dataset_json
+from glocal.data.dicom import dicom_files, dicom_series, patient_of, read_dicom
 from glocal.data.image import (
-    dicom_files,
-    dicom_series,
     file_ending,
     is_volume_file,
-    read_dicom,
     read_file,
     read_labels,
     write_image,
@@ -206,22 +204,11 @@ def _dicom_cases(images: Path) -> list[_Source]:
             members = dicom_files(folder, identifier)
             known.update(members)
             own = key.with_name(f"{key.name}_{number}") if len(series) > 1 else key
-            sources.append(_Source(own, series=identifier, folder=folder, patient=_patient(members[0])))
+            sources.append(_Source(own, series=identifier, folder=folder, patient=patient_of(members[0])))
         lost = sorted(path for path in files - known if path.lower().endswith((".dcm", ".ima")))
         if lost:
             raise GlocalError(f"{lost[0]} cannot be read as DICOM (truncated or corrupt): export its series again.")
     return sources
-
-
-def _patient(path: str) -> tuple[str, str]:
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(path)
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise GlocalError(f"{path} cannot be read as DICOM: export its series again.") from error
-    tags = [reader.GetMetaData(tag).strip() if reader.HasMetaDataKey(tag) else "" for tag in ("0010|0020", "0010|0010")]
-    return tags[0], tags[1]
 
 
 def _channel_count(sources: Sequence[_Source]) -> int:
