@@ -19,7 +19,7 @@ from glocal.data.plan import PreprocessOptions
 from glocal.data.preprocess import preprocess
 from glocal.data.sampling import Pool
 from glocal.data.store import Store
-from glocal.devices import compute_exactly, fabric_for, precision_of
+from glocal.devices import computing, fabric_for, precision_of
 from glocal.engine import iterate, set_up
 from glocal.networks.registry import build
 from glocal.pretraining.base import Stage
@@ -135,19 +135,17 @@ def deterministic(store: Store, device: torch.device) -> Row:
         step = full(encoder(store), device)
 
         def work(step: Callable[[], Any] = step, exactly: bool = exactly) -> None:
-            compute_exactly(exactly)
-            step()
+            with computing(torch.get_num_threads(), exactly):
+                step()
 
         works[exactly] = work
-    row = compared(
+    return compared(
         f"pcl step, 40 images of {store.plan.options.size[0]}², deterministic=true",
         works[True],
         "deterministic=false",
         works[False],
         sense="at most",
     )
-    compute_exactly(False)
-    return row
 
 
 def compiled(store: Store, device: torch.device) -> Row:

@@ -101,7 +101,10 @@ class Pair:
 
     def close(self) -> None:
         for process in self._processes:
-            process.communicate(timeout=30)
+            try:
+                process.communicate(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def main() -> None:
@@ -110,8 +113,8 @@ def main() -> None:
             train_in_double(**json.loads(line))
         except Exception as error:
             print(f"{type(error).__name__}: {error}", flush=True)
-        else:
-            print("done", flush=True)
+            os._exit(1)  # the other one would wait for this for ever
+        print("done", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from glocal.devices import compute_exactly, device_named, fabric_for
+from glocal.devices import computing, device_named, fabric_for
 from glocal.errors import GlocalError
 
 
@@ -60,16 +61,25 @@ def test_each_of_several_processes_has_its_gpu(
     with pytest.raises(GlocalError, match="device=cuda:0 is one GPU for 4 processes: use device=auto"):
         device_named("cuda:0")
     monkeypatch.setenv(place, "2")
-    with pytest.raises(GlocalError, match="device=auto was asked for, but this machine has 2 GPUs"):
+    with pytest.raises(GlocalError, match=r"Process 3 of this machine sees 2 GPU.* --gpu-bind=none"):
         device_named("auto")
 
 
 def test_deterministic_algorithms_are_taken_when_asked_for() -> None:
-    compute_exactly(True)
-    assert torch.are_deterministic_algorithms_enabled()
-    assert not torch.backends.cudnn.benchmark
-    compute_exactly(False)
-    assert not torch.are_deterministic_algorithms_enabled()
+    flags = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    with computing(2, deterministic=True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
+        with computing(1, deterministic=False):
+            assert not torch.are_deterministic_algorithms_enabled()
+            assert torch.backends.cudnn.benchmark
+            assert torch.get_num_threads() == 1
+        assert torch.are_deterministic_algorithms_enabled()
+    assert flags == (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.benchmark,
+    )
 
 
 def test_precision_as_fabric_wants_it() -> None:
@@ -86,8 +96,17 @@ def test_distributed_slurm_brings_processes_together(tmp_path: Path) -> None:
         "assert joined('auto').type == 'cpu'\n"
         "print(rank(), world_size(), float(all_sum(torch.tensor(1.0 + rank()))))\n"
     )
-    slurm = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1"}
-    slurm |= {"SLURM_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid() % 10_000), "SLURM_JOB_NAME": "glocal"}
+    slurm = {
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_STEP_NUM_NODES": "1",
+    }
+    slurm |= {"SLURM_NNODES": "1"}
+    slurm |= {"SLURM_NODELIST": "localhost", "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "glocal"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        slurm["MASTER_PORT"] = str(free.getsockname()[1])
     tasks = [
         subprocess.Popen(
             [sys.executable, "-c", code],
@@ -98,5 +117,9 @@ def test_distributed_slurm_brings_processes_together(tmp_path: Path) -> None:
         )
         for task in ("0", "1")
     ]
-    said = [task.communicate(timeout=300)[0].split() for task in tasks]
+    try:
+        said = [task.communicate(timeout=300)[0].split() for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
     assert said == [["0", "2", "3.0"], ["1", "2", "3.0"]]

@@ -58,6 +58,16 @@ def test_alone_everything_is_what_it_was() -> None:
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
 
 
+def test_on_gpus_batch_norm_is_torch_s_own(process: Any) -> None:
+    process(0, 2)
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4, eps=1e-3, momentum=0.01))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    converted = with_whole_statistics(network, torch.device("cuda"))
+    assert isinstance(converted[1], torch.nn.SyncBatchNorm)
+    assert (converted[1].eps, converted[1].momentum) == (1e-3, 0.01)
+    assert all(value.equal(before[name]) for name, value in converted.state_dict().items())
+
+
 @pytest.mark.parametrize("shape", [(5, 4), (3, 4, 6, 5)])
 @pytest.mark.parametrize("momentum", [0.01, None])
 def test_the_batch_norm_is_torch_s(shape: tuple[int, ...], momentum: float | None) -> None:
@@ -96,13 +106,18 @@ def test_distributed_torchrun_trains_one_run(store: Store, tmp_path: Path) -> No
     """Both stages, from the command line: one run folder, said once, the weights of a single process."""
     words = ["device=cpu", "max_iterations=4", "network.widths=[4,8,8]", "log=[]", "blocks=1", "precision=float32"]
     words += ["hidden=16", "outputs=8", "volumes=2", "local_batch=3", "optimizer=sgd"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "glocal"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun += ["-m", "glocal"]
     command = [*torchrun, "pretrain", str(store.path), str(tmp_path / "two"), "--method", "gcl", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for _ in range(2):  # the second time it is done already
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Weights:") == 1
+    done = subprocess.run([*command, "seed=7"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1  # torchrun's own
+    assert "was begun with seed=0, now it is 7" in done.stderr
+    assert "Connection" not in done.stderr  # nobody waits for one who has refused
     one = load_file(pretrain_with(store.path, tmp_path / "one", "gcl", words))
     two = load_file(tmp_path / "two" / "model.safetensors")
     assert one.keys() == two.keys()

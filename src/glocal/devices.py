@@ -3,6 +3,8 @@
 import ctypes
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from lightning_fabric import Fabric
@@ -30,6 +32,11 @@ def device_named(name: str) -> torch.device:
         if device.index is not None:
             raise GlocalError(f"device={name} is one GPU for {distributed.started()} processes: use device=auto.")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0))
+        if device.index >= torch.cuda.device_count():
+            raise GlocalError(
+                f"Process {device.index + 1} of this machine sees {torch.cuda.device_count()} GPU(s), none its own: "
+                "start no more processes than GPUs, and let each of them see all (srun --gpu-bind=none)."
+            )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise GlocalError(f"device={name} was asked for, but this machine has {torch.cuda.device_count()} GPUs.")
     return device
@@ -68,7 +75,7 @@ def _nodes() -> int:
     """How many machines the processes were started on."""
     if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun
         return distributed.started() // int(os.environ["LOCAL_WORLD_SIZE"])
-    return int(os.environ.get("SLURM_NNODES") or 1)
+    return int(os.environ.get("SLURM_STEP_NUM_NODES") or 1)
 
 
 def precision_of(device: torch.device, precision: str) -> str:
@@ -84,24 +91,40 @@ def _has_bfloat16_units(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def compute_exactly(deterministic: bool) -> None:
-    """Take only algorithms whose results do not depend on the order of additions, or the fastest.
+@contextmanager
+def computing(threads: int, deterministic: bool) -> Iterator[None]:
+    """Compute with so many threads, and only by algorithms that give the same result each time, or by the fastest.
 
     On the CPU all that is used here is deterministic anyway, given the number of threads.
     """
+    exact, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic
+    before = torch.get_num_threads(), exact, fill.fill_uninitialized_memory, torch.backends.cudnn.benchmark  # type: ignore[attr-defined]
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
-    torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # finds faults in programs, and costs time
-    torch.backends.cudnn.benchmark = not deterministic  # every batch has the same size
+    # Filling new memory finds faults in programs, and costs time; every batch has the same size.
+    _compute(threads, deterministic, False, not deterministic)
+    try:
+        yield
+    finally:
+        _compute(*before)
+
+
+def _compute(threads: int, exact: bool, fill: bool, fastest: bool) -> None:
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(exact)
+    torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = fastest
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse the large blocks of one step in the next, instead of handing them back and faulting them in."""
+    """Let glibc reuse the large blocks of one step in the next, instead of handing them back and faulting them in.
+
+    The larger threshold first: older versions allow 32 MiB at most, and without it the other one makes all slower.
+    """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return  # another C library
     trim_threshold, mmap_threshold = -1, -3
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(mmap_threshold, 2**30)
+    if mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25):
+        mallopt(trim_threshold, 2**31 - 1)

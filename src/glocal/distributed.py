@@ -9,15 +9,16 @@ In a single process every function here returns what it was given.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from glocal.errors import GlocalError
+
+T = TypeVar("T")
 
 
 def started() -> int:
@@ -35,14 +36,25 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-@contextmanager
-def one_after_the_other() -> Iterator[None]:
-    """The first process does this before the others do: they find what it wrote."""
-    if rank() > 0:
-        dist.barrier()
-    yield
-    if rank() == 0 and world_size() > 1:
-        dist.barrier()
+def first_decides(decide: Callable[[], T]) -> T:
+    """What the first process finds out or does, for all: where it refuses, all refuse with the same sentence.
+
+    Raises:
+        GlocalError: what `decide` raised in the first process.
+    """
+    if world_size() == 1:
+        return decide()
+    answer: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = decide()
+        except GlocalError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise GlocalError(answer[1])
+    decision: T = answer[0]
+    return decision
 
 
 def share(batch: int) -> slice:
@@ -119,8 +131,9 @@ class _BatchNorm(nn.BatchNorm2d):
             return super().forward(input)
         x = input if input.dtype == torch.float64 else input.float()
         dims, shape = (0, *range(2, x.ndim)), (1, -1, *[1] * (x.ndim - 2))
-        count = all_sum(x.new_tensor(float(x.numel() // x.shape[1])))
-        mean = all_sum(x.sum(dims)) / count
+        own = x.new_tensor([x.numel() // x.shape[1]])
+        sums = all_sum(torch.cat([x.sum(dims), own]))
+        count, mean = sums[-1], sums[:-1] / sums[-1]
         centred = x - mean.view(shape)
         variance = all_sum(centred.square().sum(dims)) / count
         with torch.no_grad():

@@ -7,7 +7,7 @@ run that was killed continues from its last checkpoint bit for bit, with no rand
 import json
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from math import cos, isfinite, pi
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from glocal.checkpoints import restore, save, training_state
-from glocal.devices import compute_exactly, device_named, fabric_for, keep_freed_memory, precision_of
-from glocal.distributed import rank, with_whole_statistics
+from glocal.devices import computing, device_named, fabric_for, keep_freed_memory, precision_of
+from glocal.distributed import first_decides, rank, with_whole_statistics
 from glocal.errors import GlocalError
 from glocal.files import write_text
 from glocal.progress import console, progress
@@ -42,7 +42,7 @@ class TrainingOptions(BaseModel):
     )
     threads: int = Field(0, ge=0, description="0 takes what there is; a begun training keeps its own")
     deterministic: bool = Field(False, description="the same result bit for bit on one machine, on a GPU too; slower")
-    compile: bool = Field(False, description="torch.compile the network: pays in long trainings")
+    compile: bool = Field(False, description="torch.compile the network; slower on a CPU, so measure it on your GPU")
     max_iterations: int = Field(1000, ge=1, description="optimiser steps (of each stage)")
     optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="SGD has momentum 0.9")
     learning_rate: float = Field(1e-3, gt=0)
@@ -86,31 +86,35 @@ def train(
         GlocalError: the loss is not finite, the folder's checkpoint does not belong to this learner, or another process
             works in the folder.
     """
-    with held(folder) if rank() == 0 else nullcontext():
-        return _train(learner, options, folder, description, evaluate, evaluate_every)
+    with ExitStack() as stack:
+        first_decides(lambda: stack.enter_context(held(folder)))
+        state = training_state(folder)
+        threads = state.get("threads", options.threads or torch.get_num_threads())
+        stack.enter_context(computing(threads, options.deterministic))
+        return _train(learner, options, folder, state, description, evaluate, evaluate_every)
 
 
 def _train(
     learner: nn.Module,
     options: TrainingOptions,
     folder: Path,
+    state: dict[str, Any],
     description: str,
     evaluate: Callable[[nn.Module], dict[str, float]] | None,
     evaluate_every: int,
 ) -> list[str]:
     first = rank() == 0  # only the first of several processes writes
-    state = training_state(folder)
-    device, precision = device_named(options.device), state.get("precision", options.precision)
-    fabric = fabric_for(device, precision, _loggers(options, folder) if first else None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(state.get("threads", options.threads or threads))
+    device, loggers = device_named(options.device), list[Logger]()
+    precision = first_decides(lambda: precision_of(device, state.get("precision", options.precision)))
+    first_decides(lambda: loggers.extend(_loggers(options, folder)))
+    fabric = fabric_for(device, precision, loggers)
     # Several processes wait for each other in here, so that none reads the folder after the first has written to it.
     module, optimizer = set_up(fabric, learner, options)
     if state:
         restore(folder, learner, optimizer)
     log = _Log(folder / "metrics.jsonl", first=state.get("step", 0)) if first else None
     warnings: list[str] = state.get("warnings", [])
-    facts = {"precision": precision_of(device, precision), "threads": torch.get_num_threads()}
+    facts = {"precision": precision, "threads": torch.get_num_threads()}
     if first and not state:  # from here on, whatever machine continues
         save(folder, learner, optimizer, {"step": 0, "warnings": [], **facts})
     saved = time.monotonic()
@@ -149,14 +153,12 @@ def _train(
                 saved = time.monotonic()
     for logger in fabric.loggers:
         logger.finalize("success")
-    torch.set_num_threads(threads)
     return warnings
 
 
 def set_up(fabric: Fabric, learner: nn.Module, options: TrainingOptions) -> tuple[Any, Any]:
     """Learner and optimiser, ready to iterate on the fabric's device."""
     keep_freed_memory()
-    compute_exactly(options.deterministic)
     learner = with_whole_statistics(learner, fabric.device)
     learner = learner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from its stubs
     module, optimizer = fabric.setup(learner, _optimizer(learner, options))

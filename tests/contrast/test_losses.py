@@ -93,6 +93,8 @@ def test_masks_are_shared_over_leading_dimensions(form: Denominator) -> None:
     z = normal(4, 5, 6, 4)
     positive, negative = random_masks(5, 6, 6)
     shared = contrastive_loss(z, positive, negative, 0.1, denominator=form)
+    spread = contrastive_loss(z, positive[None], negative[None], 0.1, denominator=form)
+    torch.testing.assert_close(spread, shared)
     mean = torch.stack([contrastive_loss(x, positive, negative, 0.1, denominator=form) for x in z]).mean()
     torch.testing.assert_close(shared, mean)
 

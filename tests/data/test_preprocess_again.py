@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 
 from glocal.data import preprocess as module
@@ -104,3 +105,21 @@ def test_a_file_that_was_just_written_is_read_at_the_next_start_too(raw, monkeyp
     monkeypatch.setattr("glocal.files._YOUNG", 0)
     assert len(Started(raw, monkeypatch).read) == 4
     assert Started(raw, monkeypatch).read == []
+
+
+@pytest.mark.parametrize(("header", "voxels"), [(".mhd", ".raw"), (".nhdr", ".raw")])
+def test_changed_voxels_are_noticed_where_the_header_is_a_file_of_its_own(raw, monkeypatch, header, voxels):
+    shutil.rmtree(raw / "imagesTr")
+    shutil.rmtree(raw / "labelsTr")
+    content = {"name": "toy", "channel_names": {"0": "MRI"}, "labels": LABELS, "numTraining": 0, "file_ending": header}
+    write_json(raw / "dataset.json", content)
+    (raw / "imagesTr").mkdir()
+    for case in "ab":
+        image = sitk.GetImageFromArray(np.random.default_rng(ord(case)).integers(0, 900, (3, 8, 7)).astype(np.int16))
+        sitk.WriteImage(image, raw / "imagesTr" / f"{case}_0000{header}")
+    first = Started(raw, monkeypatch)
+    (data,) = (path for path in (raw / "imagesTr").iterdir() if path.suffix == voxels and path.name[0] == "b")
+    data.write_bytes(data.read_bytes()[::-1])
+    changed = Started(raw, monkeypatch)
+    assert len(changed.prepared) == 1
+    assert changed.store.digest() != first.store.digest()

@@ -115,6 +115,7 @@ def _terms(
     if denominator == "one":
         repulsion = similarity.masked_fill(~negative.to(device), absent).logsumexp(-1)  # (..., N)
         # log(e^s + e^repulsion) - s, of the positive pairs alone: they are few, and softplus is slow.
+        positive = positive.expand(similarity.shape[-positive.ndim :])  # a leading 1 stands for all
         pair: tuple[Any, ...] = (..., *positive.nonzero().to(device).unbind(-1))
         terms = softplus(repulsion[pair[:-1]] - similarity[pair], threshold=50)
         return terms.sum(), terms.numel()

@@ -3,6 +3,7 @@
 import errno
 import gzip
 import math
+import re
 import shutil
 import struct
 import zlib
@@ -68,6 +69,16 @@ def file_ending(path: Path) -> str:
         if path.name.lower().endswith(ending):
             return path.name[len(path.name) - len(ending) :]
     raise GlocalError(f"{path} has none of the endings {', '.join(FILE_ENDINGS)}: convert it with `glocal collect`.")
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that hold a volume: itself, and the voxels' own file where a `.mhd` or `.nhdr` header names one."""
+    if path.suffix.lower() not in (".mhd", ".nhdr") or not path.is_file():
+        return [path]
+    header = path.read_bytes()[:65536].decode("latin-1")
+    named = re.search(r"(?im)^(?:ElementDataFile\s*=|data ?file:)\s*(\S.*?)\s*$", header)
+    voxels = path.parent / named[1] if named else path
+    return [path, voxels] if voxels != path and voxels.is_file() else [path]
 
 
 def read_file(path: Path) -> sitk.Image:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from glocal import __version__
 from glocal.data.dataset import Case, Dataset, read_dataset
-from glocal.data.image import read_image, read_labels, require_same_grid
+from glocal.data.image import files_of, read_image, read_labels, require_same_grid
 from glocal.data.orientation import Undo
 from glocal.data.plan import Plan, PreprocessOptions, make_plan
 from glocal.data.prepare import Prepared, prepare, prepare_labels
@@ -166,7 +166,7 @@ def _targets(case: Case, store: Path) -> list[Path]:
 
 
 def _sources(case: Case) -> list[Path]:
-    return [*case.images, *([case.label] if case.label else [])]
+    return [file for path in (*case.images, case.label) if path is not None for file in files_of(path)]
 
 
 def _stamps(case: Case) -> Stamps:

@@ -204,10 +204,12 @@ class Store:
         try:
             with open(path, "rb", buffering=0) as file:
                 file.seek(start)
-                count = file.readinto(slices)  # type: ignore[arg-type]  # NumPy's stubs lack the buffer protocol
+                rest = memoryview(slices).cast("B")  # type: ignore[arg-type]  # NumPy's stubs lack the buffer protocol
+                while count := file.readinto(rest):  # the system reads 2 GiB at a time at most
+                    rest = rest[count:]
         except OSError as error:
             raise _damaged(path) from error
-        if count != slices.nbytes:
+        if rest:
             raise _damaged(path)
 
     def _header(self, kind: Kind, number: int) -> int:

@@ -114,7 +114,7 @@ def default_workers(device: str) -> int:
     """As many processes as there are cores; with GPUs one for each, because a training is fastest alone on its GPU."""
     import torch
 
-    return max(1, len(gpus_for(device))) if torch.cuda.is_available() else cores()
+    return cores() if device == "cpu" or not torch.cuda.is_available() else max(1, len(gpus_for(device)))
 
 
 def gpus_for(device: str) -> list[str]:

@@ -26,7 +26,7 @@ from glocal.data.split import (
 )
 from glocal.data.store import Store
 from glocal.devices import joined
-from glocal.distributed import one_after_the_other, rank
+from glocal.distributed import first_decides, rank
 from glocal.engine import train
 from glocal.errors import GlocalError
 from glocal.evaluation.evaluate import evaluate
@@ -83,14 +83,9 @@ def finetune(
     draw = draw_labels(store.volumes, split, labels, options.validation, options.seed, options.draw)  # type: ignore[arg-type]
     device = joined(options.device)
     header, network, report = _start(store, options, source, split, draw)
-    with one_after_the_other():
-        runs.begin(run, "finetune", _settings(store, options, source, split, protocol))
-        if (run / "split.json").exists() and read_split(run) != split:
-            raise GlocalError(f"{run} was begun with another split of the cases: choose another run folder.")
-        if runs.finished(run):
-            return run / "model.safetensors"
-        if rank() == 0:
-            write_split(run, split, draw)
+    settings_now = _settings(store, options, source, split, protocol)
+    if first_decides(lambda: _begin(run, settings_now, split, draw)):
+        return run / "model.safetensors"
     if report is not None and rank() == 0:
         write_json(run / "transfer.json", report.as_dict())
         console.print(report.sentence(), highlight=False)
@@ -124,6 +119,16 @@ def finetune(
         cases=list(cases),
     )
     return run / "model.safetensors"
+
+
+def _begin(run: Path, settings: dict[str, Any], split: Split, draw: Draw) -> bool:
+    """Begin or continue the run; whether it is finished already."""
+    runs.begin(run, "finetune", settings)
+    if (run / "split.json").exists() and read_split(run) != split:
+        raise GlocalError(f"{run} was begun with another split of the cases: choose another run folder.")
+    if not runs.finished(run):
+        write_split(run, split, draw)
+    return runs.finished(run)
 
 
 def _split_of(source: Path | None, store: Store, protocol: ProtocolOptions, seed: int) -> Split:

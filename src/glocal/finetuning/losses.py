@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 
 def segmentation_loss(name: Literal["dice", "dice+ce"]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -13,16 +14,19 @@ def segmentation_loss(name: Literal["dice", "dice+ce"]) -> Callable[[Tensor, Ten
     (Chaitanya et al. 2020, code). `dice+ce`: cross-entropy plus soft Dice of the foreground classes over the batch,
     so that slices without a class do not count against it.
     """
-    from monai.losses import DiceCELoss, DiceLoss  # slow to import, and pre-training does without
+    from monai.losses import DiceLoss  # slow to import, and pre-training does without
 
     common = {"softmax": True, "to_onehot_y": True}
-    if name == "dice":
-        loss = DiceLoss(include_background=True, smooth_nr=0.0, smooth_dr=1e-10, **common)
-    else:
-        loss = DiceCELoss(include_background=False, batch=True, **common)
+    every = DiceLoss(include_background=True, smooth_nr=0.0, smooth_dr=1e-10, **common)
+    foreground = DiceLoss(include_background=False, batch=True, **common)
 
-    def of(logits: Tensor, labels: Tensor) -> Tensor:
-        value: Tensor = loss(logits.float(), labels[:, None])
+    def dice(logits: Tensor, labels: Tensor) -> Tensor:
+        value: Tensor = every(logits.float(), labels[:, None])
         return value
 
-    return of
+    def dice_ce(logits: Tensor, labels: Tensor) -> Tensor:
+        # The mean of cross_entropy itself has no deterministic form on a GPU.
+        value: Tensor = foreground(logits.float(), labels[:, None])
+        return value + cross_entropy(logits.float(), labels, reduction="none").mean()
+
+    return dice if name == "dice" else dice_ce

@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from glocal.data.sampling import Pool
 from glocal.data.split import ProtocolOptions, Split, make_split, read_split, refuse_leakage, write_split
 from glocal.data.store import Store
 from glocal.devices import joined
-from glocal.distributed import one_after_the_other, rank
+from glocal.distributed import first_decides
 from glocal.engine import TrainingOptions, train
 from glocal.errors import GlocalError
 from glocal.files import replacing, write_json
@@ -67,14 +68,8 @@ def pretrain(
 
     settings_now = {"store": store.digest(), "transductive": protocol.transductive, **options.model_dump(mode="json")}
     target = run / "model.safetensors"
-    with one_after_the_other():
-        runs.begin(run, "pretrain", settings_now)
-        if (run / "split.json").exists() and read_split(run) != split:
-            raise GlocalError(f"{run} was begun with another split of the cases: choose another run folder.")
-        if runs.finished(run):
-            return target
-        if rank() == 0:
-            write_split(run, split)
+    if first_decides(lambda: _begin(run, settings_now, split)):
+        return target
     header = Header(
         kind="pretrained",
         network=options.network,  # type: ignore[attr-defined]  # every method has it
@@ -92,12 +87,24 @@ def pretrain(
         },
     )
     warnings = _train_stages(method, options, pool, run, header)
-    with one_after_the_other():
-        if rank() == 0:
-            with replacing(target) as temporary:
-                shutil.copyfile(_last_stage(method, options, run), temporary)
-            runs.finish(run, started, kind="pretrain", warnings=warnings)
+    first_decides(lambda: _finish(run, _last_stage(method, options, run), started, warnings))
     return target
+
+
+def _begin(run: Path, settings: dict[str, Any], split: Split) -> bool:
+    """Begin or continue the run; whether it is finished already."""
+    runs.begin(run, "pretrain", settings)
+    if (run / "split.json").exists() and read_split(run) != split:
+        raise GlocalError(f"{run} was begun with another split of the cases: choose another run folder.")
+    if not runs.finished(run):
+        write_split(run, split)
+    return runs.finished(run)
+
+
+def _finish(run: Path, model: Path, started: float, warnings: list[str]) -> None:
+    with replacing(run / "model.safetensors") as temporary:
+        shutil.copyfile(model, temporary)
+    runs.finish(run, started, kind="pretrain", warnings=warnings)
 
 
 def _stage_folder(run: Path, number: int, name: str) -> Path:
@@ -120,9 +127,8 @@ def _train_stages(method: Method, options: TrainingOptions, pool: Pool, run: Pat
         torch.manual_seed(seed_of(options.seed, "weights"))
         network = build(header.network, header.channels, len(header.labels))
         if before is not None:
-            report = transfer(network, before)
-            if rank() == 0:
-                write_json(folder / "transfer.json", report.as_dict())
+            report = transfer(network, before).as_dict()
+            first_decides(partial(write_json, folder / "transfer.json", report))
         if options.compile:
             network.compile_parts()
         torch.manual_seed(seed_of(options.seed, "heads", number))
@@ -135,9 +141,7 @@ def _train_stages(method: Method, options: TrainingOptions, pool: Pool, run: Pat
             warnings += train(stage, options, folder, f"{run.name}: {name}")
             provenance = {**header.provenance, "stage": name, "parts": list(trained)}
             stage_header = header.model_copy(update={"provenance": provenance})
-            with one_after_the_other():  # the next stage reads it
-                if rank() == 0:
-                    save_model(before, _parts(stage.network, trained), stage_header)
+            first_decides(partial(save_model, before, _parts(stage.network, trained), stage_header))
     return warnings
 
 
