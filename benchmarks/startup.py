@@ -39,11 +39,11 @@ def rows() -> Iterator[Row]:
         size = " x ".join(map(str, GEOMETRY.size))
         work = f"glocal check, {VOLUMES} volumes of {size} and their label maps, cores: "
         note = "compressed NIfTI of 16 bits"
-        yield _row(work + str(cores()), lambda: _whole("-m", "glocal", "check", str(dataset)), note=note)
+        yield _row(work + str(cores()), lambda: _whole("-m", "glocal", "check", str(dataset)), 1.5, note)
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-        note += "; four fifths of it are ITK's reading, which opens and begins to unpack each file several times"
-        yield _row(work + str(cores()), lambda: _whole("-m", "glocal", "check", str(dataset)), 1.5, note)
+        note += "; four fifths of it are ITK's reading"
+        yield _row(work + str(cores()), lambda: _whole("-m", "glocal", "check", str(dataset)), note=note)
         yield _row("glocal --help", lambda: _whole("-m", "glocal", "--help"), 0.3)
         work = "glocal pretrain --method gcl, first line of metrics.jsonl"
         yield _row(work, lambda: _first_step(store), 6.0, "192 x 192 pixels, defaults, device=cpu threads=1")
