@@ -163,7 +163,7 @@ def draw_figure(counts: tuple[int, ...], taken: list[float]) -> None:
     share = taken[-1] / counts[-1]
     axes.loglog(counts, [share * count for count in counts], "--", color="0.6", label=f"{1e3 * share:.0f} µs a volume")
     axes.loglog(counts, taken, "o-", color="tab:blue", label="Store.open and Pool")
-    axes.set(xlabel="volumes", ylabel="start-up (ms)", title="Start-up grows with the volumes, not with the slices")
+    axes.set(xlabel="volumes", ylabel="start-up (ms)", title="Start-up grows with the number of volumes")
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
     RESULTS.mkdir(exist_ok=True)
