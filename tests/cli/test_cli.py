@@ -1,6 +1,7 @@
 """The command line: what it lists, that it starts fast, and that a user's mistake is one sentence and exit code 2."""
 
 import errno
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -167,3 +168,29 @@ def test_methods_are_listed_with_their_papers(shell: Shell) -> None:
             assert f"  {name} " in out
             assert entry.summary in out
             assert entry.paper in out
+
+
+SLOW = """
+import sys, time
+from glocal.data import preprocess
+def endless(*given, **named):
+    print("begun", flush=True)
+    time.sleep(300)
+preprocess._prepare_case = endless
+from glocal.cli import main
+sys.argv = ["glocal", "preprocess", *sys.argv[1:], "--workers", "2"]
+main()
+"""
+
+
+def test_ctrl_c_waits_for_no_volume(raw: Path, tmp_path: Path) -> None:
+    """Nor does it leave anything half-written: what is being worked on is not there."""
+    command = [sys.executable, "-c", SLOW, str(raw), str(tmp_path / "store")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=100)  # of the 300 seconds that each volume would take
+    assert process.returncode == 130
+    assert "Start the same command again" in said
+    assert not (tmp_path / "store" / "index.json").exists()

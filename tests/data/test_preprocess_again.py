@@ -48,7 +48,7 @@ class Started:
 def test_of_an_unchanged_dataset_no_file_is_read_and_no_process_is_started(raw, monkeypatch):
     first = Started(raw, monkeypatch)
     assert (len(first.read), len(first.prepared)) == (4, 2)
-    monkeypatch.setattr(module, "_pool", lambda workers: pytest.fail("processes were started"))
+    monkeypatch.setattr(module, "_pool", lambda workers: pytest.fail("workers were started"))
     monkeypatch.setattr("glocal.data.image.read_file", lambda path: pytest.fail(f"{path} was read"))
     again = Started(raw, monkeypatch, workers=2)
     assert again.read == again.prepared == []

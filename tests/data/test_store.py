@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 
 from glocal.data.image import Geometry, read_labels, write_volume
@@ -258,11 +259,12 @@ def test_a_field_that_cuts_structures_off_is_warned_about(raw: Path) -> None:
     assert store.warnings[0].startswith("a: The field cuts off 33.3%")
 
 
-def test_processes_give_the_same_store(raw: Path) -> None:
-    expected = prepared(raw)
+def test_several_workers_give_the_same_store_and_leave_the_threads_alone(raw: Path) -> None:
+    expected, threads = prepared(raw), (torch.get_num_threads(), sitk.ProcessObject.GetGlobalDefaultNumberOfThreads())
     found = preprocess(raw, raw.parent / "parallel", OPTIONS, workers=2)
     assert found.digest() == expected.digest()
     assert torch.equal(found.images(torch.arange(14)), expected.images(torch.arange(14)))
+    assert threads == (torch.get_num_threads(), sitk.ProcessObject.GetGlobalDefaultNumberOfThreads())
 
 
 def test_a_given_executor_is_used_and_left_open(raw: Path) -> None:

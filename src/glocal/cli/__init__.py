@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from typing import NoReturn
 
 import typer
@@ -65,6 +66,7 @@ def main() -> None:
     except SystemExit as end:
         if end.code == _STOPPED:  # what Typer makes of Ctrl-C
             typer.secho("Stopped. Start the same command again and it continues.", err=True)
+            _leave(_STOPPED)
         raise
 
 
@@ -79,4 +81,17 @@ def _say_it_once() -> None:
 
 def _refuse(sentence: str) -> NoReturn:
     typer.secho(f"Error: {sentence}", fg=typer.colors.RED, err=True)
-    sys.exit(2)
+    _leave(2)
+
+
+def _leave(code: int) -> NoReturn:
+    """End now: a thread that is at work on a volume may need minutes yet, and what it has not finished is not there."""
+    preprocessing = sys.modules.get("glocal.data.preprocess")
+    workers = [t for t in threading.enumerate() if preprocessing and t.name.startswith(preprocessing.WORKER)]
+    for worker in workers:
+        worker.join(timeout=1)
+    if any(worker.is_alive() for worker in workers):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -25,7 +24,7 @@ from glocal.data.prepare import Prepared, prepare, prepare_labels
 from glocal.data.store import Store
 from glocal.errors import GlocalError
 from glocal.files import digest, read_json, replacing, stamp, write_json
-from glocal.processes import cores, follow_parent
+from glocal.processes import cores
 from glocal.progress import track
 
 __all__ = [
@@ -38,6 +37,8 @@ __all__ = [
     "prepare_labels",
     "preprocess",
 ]
+
+WORKER = "glocal-preprocess"  # the name of its threads
 
 Record = dict[str, Any]
 Stamps = dict[str, list[int] | None]
@@ -56,7 +57,7 @@ def preprocess(
         dataset: raw dataset, or its folder.
         store: folder to write; a store begun with the same options is completed, changed cases are done anew.
         options: what is done to every volume.
-        workers: number of processes; default one for each core; 1 works in this process.
+        workers: cases at the same time, each in a thread; default one for each core.
         executor: where to run instead, for example `dask.distributed.Client(...).get_executor()`; it stays open.
 
     Raises:
@@ -225,14 +226,15 @@ def _single_threaded(task: Callable[[Case], Record], case: Case) -> Record:
 
 @contextmanager
 def _pool(workers: int) -> Iterator[Executor]:
-    """A pool of spawned processes that is torn down at once when anything goes wrong, Ctrl-C included."""
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=follow_parent)
+    """Threads: nearly all of the work is done outside the interpreter, and they start at once.
+
+    When anything goes wrong, Ctrl-C included, nobody waits for the cases that have been begun.
+    """
+    threads, of_itk = torch.get_num_threads(), sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix=WORKER)
     try:
         yield pool
-    except BaseException:
+    finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        for child in set(multiprocessing.active_children()) - others:
-            child.terminate()
-        raise
-    pool.shutdown()
+        torch.set_num_threads(threads)
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(of_itk)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Protocol
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from glocal import runs
 from glocal.errors import GlocalError
 from glocal.files import read_json, write_json
 from glocal.randomness import generator
@@ -198,6 +199,20 @@ def refuse_leakage(members: Sequence[Member], split: Split, used: Iterable[str],
             f"Subject {seen[0]}{f' and {len(seen) - 1} others' if len(seen) > 1 else ''} would be tested on but "
             f"{what}: use weights of the same split, or say protocol.transductive=true and every table will tell."
         )
+
+
+def begin_on_split(run: Path, kind: str, settings: dict[str, Any], split: Split, draw: Draw | None = None) -> bool:
+    """Begin a training's run, or continue it; whether it is finished already.
+
+    Raises:
+        GlocalError: the folder holds something else, or a run with other settings or another split.
+    """
+    runs.begin(run, kind, settings)
+    if (run / "split.json").exists() and read_split(run) != split:
+        raise GlocalError(f"{run} was begun with another split of the cases: choose another run folder.")
+    if not runs.finished(run):
+        write_split(run, split, draw)
+    return runs.finished(run)
 
 
 def write_split(folder: Path, split: Split, draw: Draw | None = None) -> None:

@@ -18,11 +18,11 @@ from glocal.data.split import (
     Draw,
     ProtocolOptions,
     Split,
+    begin_on_split,
     draw_labels,
     make_split,
     read_split,
     refuse_leakage,
-    write_split,
 )
 from glocal.data.store import Store
 from glocal.devices import joined
@@ -84,7 +84,7 @@ def finetune(
     device = joined(options.device)
     header, network, report = _start(store, options, source, split, draw)
     settings_now = _settings(store, options, source, split, protocol)
-    if first_decides(lambda: _begin(run, settings_now, split, draw)):
+    if first_decides(lambda: begin_on_split(run, "finetune", settings_now, split, draw)):
         return run / "model.safetensors"
     if report is not None and rank() == 0:
         write_json(run / "transfer.json", report.as_dict())
@@ -119,16 +119,6 @@ def finetune(
         cases=list(cases),
     )
     return run / "model.safetensors"
-
-
-def _begin(run: Path, settings: dict[str, Any], split: Split, draw: Draw) -> bool:
-    """Begin or continue the run; whether it is finished already."""
-    runs.begin(run, "finetune", settings)
-    if (run / "split.json").exists() and read_split(run) != split:
-        raise GlocalError(f"{run} was begun with another split of the cases: choose another run folder.")
-    if not runs.finished(run):
-        write_split(run, split, draw)
-    return runs.finished(run)
 
 
 def _split_of(source: Path | None, store: Store, protocol: ProtocolOptions, seed: int) -> Split:

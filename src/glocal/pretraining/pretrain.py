@@ -13,12 +13,11 @@ from torch import nn
 from glocal import runs
 from glocal.checkpoints import training_state
 from glocal.data.sampling import Pool
-from glocal.data.split import ProtocolOptions, Split, make_split, read_split, refuse_leakage, write_split
+from glocal.data.split import ProtocolOptions, Split, begin_on_split, make_split, refuse_leakage
 from glocal.data.store import Store
 from glocal.devices import joined
 from glocal.distributed import first_decides
 from glocal.engine import TrainingOptions, train
-from glocal.errors import GlocalError
 from glocal.files import replacing, write_json
 from glocal.model import Header, save_model, transfer
 from glocal.networks.registry import build
@@ -68,7 +67,7 @@ def pretrain(
 
     settings_now = {"store": store.digest(), "transductive": protocol.transductive, **options.model_dump(mode="json")}
     target = run / "model.safetensors"
-    if first_decides(lambda: _begin(run, settings_now, split)):
+    if first_decides(lambda: begin_on_split(run, "pretrain", settings_now, split)):
         return target
     header = Header(
         kind="pretrained",
@@ -89,16 +88,6 @@ def pretrain(
     warnings = _train_stages(method, options, pool, run, header)
     first_decides(lambda: _finish(run, _last_stage(method, options, run), started, warnings))
     return target
-
-
-def _begin(run: Path, settings: dict[str, Any], split: Split) -> bool:
-    """Begin or continue the run; whether it is finished already."""
-    runs.begin(run, "pretrain", settings)
-    if (run / "split.json").exists() and read_split(run) != split:
-        raise GlocalError(f"{run} was begun with another split of the cases: choose another run folder.")
-    if not runs.finished(run):
-        write_split(run, split)
-    return runs.finished(run)
 
 
 def _finish(run: Path, model: Path, started: float, warnings: list[str]) -> None:
