@@ -171,8 +171,9 @@ def test_methods_are_listed_with_their_papers(shell: Shell) -> None:
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 from glocal.data import preprocess
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a script
 def endless(*given, **named):
     print("begun", flush=True)
     time.sleep(300)
@@ -190,7 +191,10 @@ def test_ctrl_c_waits_for_no_volume(raw: Path, tmp_path: Path) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=100)  # of the 300 seconds that each volume would take
+    try:
+        _, said = process.communicate(timeout=100)  # of the 300 seconds that each volume would take
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "Start the same command again" in said
     assert not (tmp_path / "store" / "index.json").exists()
