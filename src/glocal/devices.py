@@ -1,5 +1,6 @@
 """Where a training computes and how exactly: device, precision, one process or several."""
 
+import atexit
 import ctypes
 import logging
 import os
@@ -51,6 +52,7 @@ def joined(name: str) -> torch.device:
     device = device_named(name)
     if distributed.started() > 1:
         fabric_for(device, "float32")
+        atexit.register(distributed.part)
     return device
 
 

@@ -36,6 +36,12 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def part() -> None:
+    """Leave the others in good order; a process that ends without it may be aborted by its own waiting threads."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def first_decides(decide: Callable[[], T]) -> T:
     """What the first process finds out or does, for all: where it refuses, all refuse with the same sentence.
 
