@@ -18,9 +18,7 @@ _OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _OUT_OF_SPACE_IN_WORDS = re.compile(r"os error (28|122)\b|requested and \d+ written")  # safetensors, NumPy
 _IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
-_YOUNG = (
-    10 * 10**9
-)  # ns; above the coarsest clock of a file system (2 s), with room for a server's clock that is behind
+_YOUNG = 10 * 10**9  # ns: more than the coarsest clock of a file system (2 s), and some for a server's that is behind
 
 
 @contextmanager

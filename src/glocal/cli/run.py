@@ -14,7 +14,9 @@ def run(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Trainings at the same time, which share the cores; default: one per core."),
+        typer.Option(
+            min=1, help="Trainings at the same time, which share the cores; default: one per core, or per GPU."
+        ),
     ] = None,
 ) -> None:
     """Preprocess, pre-train, fine-tune, predict, evaluate and report as a recipe says; started again, it continues."""
