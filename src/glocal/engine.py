@@ -7,7 +7,6 @@ run that was killed continues from its last checkpoint bit for bit, with no rand
 import json
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from math import cos, isfinite, pi
 from pathlib import Path
 from typing import Any, Literal
@@ -25,9 +24,9 @@ from glocal.errors import GlocalError
 from glocal.files import write_text
 from glocal.progress import console, progress
 from glocal.randomness import seed_of
-from glocal.runs import held
 
 CHECKPOINT_SECONDS = 30.0
+VERSION = 1  # raised by hand when the same learner would end with other weights (see `runs.identity`)
 
 
 class TrainingOptions(BaseModel):
@@ -83,14 +82,10 @@ def train(
         Warnings in plain words.
 
     Raises:
-        GlocalError: the loss is not finite, the folder's checkpoint does not belong to this learner, or another process
-            works in the folder.
+        GlocalError: the loss is not finite, or the folder's checkpoint does not belong to this learner.
     """
-    with ExitStack() as stack:
-        first_decides(lambda: stack.enter_context(held(folder)))
-        state = training_state(folder)
-        threads = state.get("threads", options.threads or torch.get_num_threads())
-        stack.enter_context(computing(threads, options.deterministic))
+    state = training_state(folder)
+    with computing(state.get("threads", options.threads or torch.get_num_threads()), options.deterministic):
         return _train(learner, options, folder, state, description, evaluate, evaluate_every)
 
 

@@ -6,3 +6,7 @@ class GlocalError(Exception):
 
     The command line prints the sentence and exits with code 2; a traceback is for our own mistakes only.
     """
+
+
+class Busy(GlocalError):  # noqa: N818
+    """Another process is working there: it can be tried again when that one has ended."""

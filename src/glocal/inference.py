@@ -22,6 +22,7 @@ from glocal.files import digest, read_json, replacing, write_json
 from glocal.model import find_model, load_network
 from glocal.progress import track
 
+VERSION = 1  # raised by hand when the same network gives other masks (see `runs.identity`)
 # Few on a CPU, so that the finest feature maps stay in its cache.
 _PIXELS_AT_ONCE = {"cpu": 2**16, "cuda": 2**20}
 # A mask is one file: these headers have their voxels in a second one, their formats have an ending that has not.

@@ -1,6 +1,8 @@
 """A run is a folder: the settings it was begun with, what made it, and whether it is done."""
 
 import fcntl
+import hashlib
+import json
 import platform
 import resource
 import time
@@ -14,7 +16,7 @@ from typing import Any
 import yaml
 
 from glocal import __version__
-from glocal.errors import GlocalError
+from glocal.errors import Busy, GlocalError
 from glocal.files import read_json, write_json, write_text
 
 # These say where and how fast a run computes, not what: it may continue elsewhere.
@@ -63,19 +65,30 @@ def _refuse_difference(folder: Path, begun: dict[str, Any], now: dict[str, Any])
             )
 
 
+def identity(settings: dict[str, Any]) -> str:
+    """What makes a run the run it is, as twelve hexadecimal digits.
+
+    Its settings hold the data's digest and the `versions` of the components that compute it. These are raised by hand
+    when results change: a refactoring leaves hours of results valid, a changed loss does not. Where and how fast a run
+    computes (`device`, `log`) is no part of it.
+    """
+    plain = {key: value for key, value in flatten(settings).items() if key.rsplit(".", 1)[-1] not in _FREE_KEYS}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Hold a folder while writing into it; the system lets go of it when this process ends, however it ends.
 
     Raises:
-        GlocalError: another process holds it.
+        Busy: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise GlocalError(
+            raise Busy(
                 f"Another process is working in {folder}: wait until it has ended, or choose another folder."
             ) from error
         yield

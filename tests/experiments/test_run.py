@@ -22,7 +22,8 @@ from glocal.data.preprocess import preprocess
 from glocal.errors import GlocalError
 from glocal.experiments import demo as demonstration
 from glocal.experiments import run as road
-from glocal.experiments.jobs import Job, default_workers, do, gpus_for
+from glocal.experiments.executors import Processes, default_workers, gpus_for
+from glocal.experiments.jobs import Job, do
 from glocal.experiments.report import report
 from glocal.experiments.run import run
 from glocal.experiments.steps import finetune_with, parse_labels, preprocess_with, pretrain_with
@@ -300,20 +301,14 @@ def test_a_failing_job_stops_the_others(tmp_path: Path) -> None:
     began = time.monotonic()
     endless = Job(partial(time.sleep, 300), {}, tmp_path / "endless", 1)
     failing = Job(read_json, {"path": tmp_path / "nothing"}, tmp_path / "failing", 1)
-    with pytest.raises(GlocalError, match="nothing does not exist"):
-        do([endless, failing], "Testing", 2)
+    with pytest.raises(GlocalError, match="nothing does not exist"), Processes(2) as executor:
+        do([endless, failing], "Testing", executor)
     assert time.monotonic() - began < 200
     left = set(multiprocessing.active_children()) - others
     # Looked at again and again: the pool's own thread waits for them too, and for a moment one of the two sees nothing.
     while any(process.is_alive() for process in left):
         assert time.monotonic() - began < 200
         time.sleep(0.05)
-
-
-def test_a_killed_process_is_said(tmp_path: Path) -> None:
-    jobs = [Job(os._exit, {"status": 1}, tmp_path / name, 1) for name in "ab"]
-    with pytest.raises(GlocalError, match=r"killed, most likely for lack of memory: .* --workers 1"):
-        do(jobs, "Testing", 2)
 
 
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
@@ -358,7 +353,9 @@ def test_every_worker_has_a_gpu_of_its_own(tmp_path: Path) -> None:
     """Each job waits for the other, so that there must be two workers."""
     tell = "echo $CUDA_VISIBLE_DEVICES > {0}; until [ -s {1} ]; do sleep 0.05; done"
     names = [(tmp_path / a, tmp_path / b) for a, b in ("ab", "ba")]
-    do([Job(os.system, {"command": tell.format(*pair)}, tmp_path / "job", 1) for pair in names], "Testing", 2, "35")
+    jobs = [Job(os.system, {"command": tell.format(*pair)}, pair[0].with_suffix(".job"), 1) for pair in names]
+    with Processes(2, gpus="35") as executor:
+        do(jobs, "Testing", executor)
     assert {pair[0].read_text().strip() for pair in names} == {"3", "5"}
 
 
@@ -379,17 +376,6 @@ def test_it_is_not_for_torchrun(recipe: str, raw: Path, tmp_path: Path, monkeypa
     with pytest.raises(GlocalError, match="start it without torchrun or srun"):
         run(recipe, [f"data={raw}", f"out={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists()
-
-
-def test_finished_jobs_are_not_done(tmp_path: Path) -> None:
-    done: list[str] = []
-    jobs = [Job(lambda name: done.append(name), {"name": name}, tmp_path / name, 1) for name in "abc"]
-    write_json(tmp_path / "b" / "manifest.json", {})
-    do(jobs, "Testing", 1)
-    assert done == ["a", "c"]
-    write_json(tmp_path / "a" / "manifest.json", {})
-    do(jobs, "Testing", 2)  # a single one is not worth a process
-    assert done == ["a", "c", "c"]
 
 
 def test_the_demonstration_is_the_phantom_s_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@ import base64
 from html.parser import HTMLParser
 from pathlib import Path
 
-from glocal.reporting.html import Picture, Report, Section, Table, render, write_report
+from glocal.reporting.html import Cell, Picture, Report, Section, Table, render, write_report
 
 HOSTILE = '<script>alert("x")</script> & "quotes"'
 VOID = {"meta", "img", "link", "br", "hr"}
@@ -103,6 +103,18 @@ def test_columns_of_numbers_are_told() -> None:
     rows = [["a", "0.1 ± 0.2", "< 0.001", "", "1 case"], ["3", "−0.1", "", "", "n/a"]]
     assert Table("", list("vwxyz"), rows).numeric == [False, True, True, False, False]
     assert Table("", ["a", "b"], []).numeric == [False, False]
+
+
+def test_cells_stand_out_and_lead_somewhere() -> None:
+    link = Cell("0.7", "runs/pcl%231/report.html", strong=True, underline=True, below=("", HOSTILE))
+    page = Page(render(Report("", "", sections=[Section("", tables=[Table("", ["a", "b"], [["x", link]])])])))
+    row = [tag for tag, _ in page.tags][[tag for tag, _ in page.tags].index("tbody") :]
+    assert row == ["tbody", "tr", "td", "td", "a", "strong", "u", "small"]
+    assert page.all("a") == [{"href": "runs/pcl%231/report.html"}]
+    assert page.all("td")[1] == {"class": "number"}
+    assert HOSTILE in page.words
+    hostile = Page(render(Report("", "", sections=[Section("", tables=[Table("", ["a"], [[Cell("", HOSTILE)]])])])))
+    assert hostile.all("a") == [{"href": HOSTILE}]
 
 
 def test_little_content_leaves_no_empty_boxes() -> None:

@@ -11,6 +11,7 @@ from glocal.cli.check import check
 from glocal.cli.collect import collect
 from glocal.cli.demo import demo
 from glocal.cli.evaluate import evaluate
+from glocal.cli.experiment import experiment
 from glocal.cli.finetune import finetune
 from glocal.cli.methods import methods
 from glocal.cli.phantom import phantom
@@ -30,7 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _STOPPED = 130
-START, DATA, STEPS = "Start here", "Your data", "Step by step"
+START, DATA, STEPS, RESEARCH = "Start here", "Your data", "Step by step", "Research"
 for command, panel in (
     (demo, START),
     (run, START),
@@ -45,6 +46,7 @@ for command, panel in (
     (predict, STEPS),
     (evaluate, STEPS),
     (report, STEPS),
+    (experiment, RESEARCH),
 ):
     app.command(rich_help_panel=panel)(command)
 

@@ -11,6 +11,7 @@ from torch.nn.functional import softplus
 
 Denominator = Literal["one", "all"]
 
+VERSION = 1  # raised by hand when a loss, its pairs or its regions give other values (see `runs.identity`)
 SHORTEST = 1e-8  # a shorter feature vector has no direction
 
 

@@ -18,6 +18,7 @@ from glocal.errors import GlocalError
 T = TypeVar("T", bound=np.generic)
 _CHUNK = 4  # slices interpolated at once: few enough to stay in the processor's cache
 _LARGEST = float(np.finfo(np.float16).max)
+VERSION = 1  # raised by hand when the slices made of a volume change (see `runs.identity`); stores are then made anew
 
 
 @dataclass(frozen=True)

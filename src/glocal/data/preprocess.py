@@ -20,7 +20,7 @@ from glocal.data.dataset import Case, Dataset, read_dataset
 from glocal.data.image import files_of, read_image, read_labels, require_same_grid
 from glocal.data.orientation import Undo
 from glocal.data.plan import Plan, PreprocessOptions, make_plan
-from glocal.data.prepare import Prepared, prepare, prepare_labels
+from glocal.data.prepare import VERSION, Prepared, prepare, prepare_labels
 from glocal.data.store import Store
 from glocal.errors import GlocalError
 from glocal.files import digest, read_json, replacing, stamp, write_json
@@ -198,7 +198,9 @@ def _arrays(case: Case, plan: Plan) -> tuple[list[NDArray[Any]], Record]:
 
 
 def _plan_digest(plan: Plan) -> str:
-    return hashlib.sha256(plan.model_dump_json().encode()).hexdigest()
+    # Without what is at its default, so that a later option which leaves slices as they are leaves stores valid.
+    made_how = plan.model_dump(mode="json", exclude_defaults=True)
+    return hashlib.sha256(json.dumps([VERSION, made_how], sort_keys=True).encode()).hexdigest()
 
 
 def _in_parallel(

@@ -1,12 +1,13 @@
 """Who is pre-trained on, chosen on, tested on, and labelled: always by subject, always from a seed."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from glocal import runs
 from glocal.errors import GlocalError
@@ -31,15 +32,32 @@ class ProtocolOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     splits: int = Field(1, ge=1, description="the dataset's own split first, further ones of the same sizes by seed")
+    folds: int | None = Field(
+        None,
+        ge=2,
+        description="cross-validation: the labelled subjects are parted into so many folds, each the test subjects of "
+        "its own split",
+    )
     draws: int = Field(1, ge=1, description="random choices of the labelled volumes, per split and budget")
     test: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
         description="labelled subjects kept for testing where the dataset has no split.json; "
         "auto: a fifth of them from ten on, none below",
     )
+    budget: Literal["volumes", "subjects"] = Field(
+        "volumes", description="what labels and validation count; a subject brings all its labelled volumes"
+    )
     evaluate: Literal["test", "development"] = Field("test", description="choose settings on development subjects")
     leave_one_out: bool = Field(False, description="each labelled subject in turn is the test subject of its own split")
     transductive: bool = Field(False, description="test subjects' images may be pre-trained on; every table says so")
+
+    @model_validator(mode="after")
+    def _one_way_to_split(self) -> "ProtocolOptions":
+        ways = {"splits": self.splits > 1, "folds": self.folds is not None, "leave_one_out": self.leave_one_out}
+        chosen = [name for name, is_set in ways.items() if is_set]
+        if len(chosen) > 1:
+            raise GlocalError(f"{' and '.join(chosen)} each say how subjects are split: choose one of them.")
+        return self
 
 
 @dataclass(frozen=True)
@@ -74,6 +92,7 @@ def make_split(
     """Split number `index`: the dataset's own is number 0, further ones have its sizes and are drawn by seed.
 
     A further split never tests on subjects that split 0 chooses on, nor chooses on subjects that split 0 tests on.
+    Folds leave the dataset's development subjects out, and take its test subjects in.
 
     Args:
         given: the dataset's `split.json` (lists of cases), if it has one.
@@ -90,6 +109,9 @@ def make_split(
         if index >= len(labelled) or len(labelled) < 2:
             raise GlocalError(f"leave_one_out needs two labelled subjects or more, there are {len(labelled)}.")
         return _by_subject(members, index, {labelled[index]}, set())
+    if options.folds:
+        kept = {m.subject for m in members if given and m.case in given.get("development", ())}
+        return _by_subject(members, index, _fold(labelled, kept, options.folds, seed, index), kept)
     if given:
         test, development = (
             {m.subject for m in members if m.case in given.get(k, ())} for k in ("test", "development")
@@ -100,6 +122,20 @@ def make_split(
     if index:
         test, development = _another(labelled, test, development, seed, index)
     return _by_subject(members, index, test, development)
+
+
+def split_count(members: Sequence[Member], options: ProtocolOptions) -> int:
+    """How many splits there are: with leave-one-out one per labelled subject."""
+    if options.leave_one_out:
+        return max(1, len({member.subject for member in members if member.labelled}))
+    return options.folds or options.splits
+
+
+def _fold(labelled: list[str], kept: set[str], folds: int, seed: int, index: int) -> set[str]:
+    candidates = [subject for subject in labelled if subject not in kept]
+    if index >= folds or len(candidates) < folds:
+        raise GlocalError(f"protocol.folds={folds} asks for more folds than there are labelled subjects: lower it.")
+    return set(shuffled(candidates, seed, "folds")[index::folds])
 
 
 def _drawn_test(labelled: list[str], options: ProtocolOptions, seed: int) -> set[str]:
@@ -136,14 +172,22 @@ def _by_subject(members: Sequence[Member], index: int, test: set[str], developme
 
 
 def draw_labels(
-    members: Sequence[Member], split: Split, labels: int | Sequence[str], validation: int, seed: int, index: int = 0
+    members: Sequence[Member],
+    split: Split,
+    labels: int | Literal["all"] | Sequence[str],
+    validation: int,
+    seed: int,
+    index: int = 0,
+    unit: Literal["volumes", "subjects"] = "volumes",
 ) -> Draw:
     """The labelled volumes of draw `index`: `labels` of them for training, `validation` others, no subject in both.
 
     Smaller budgets are parts of larger ones; the validation volumes do not depend on the budget.
 
     Args:
-        labels: a number of volumes, or the cases by name.
+        labels: a number of volumes (or subjects, see `unit`), `all` that are not for validation, or the cases by name.
+        validation: a number of volumes (or subjects).
+        unit: what the numbers count; a subject brings all its labelled volumes.
 
     Raises:
         GlocalError: there are fewer labelled volumes, or a named case is not one that may be trained on.
@@ -151,22 +195,35 @@ def draw_labels(
     trained_on = set(split.pretrain)
     pool = {m.case: m for m in members if m.labelled and m.case in trained_on}
     order = shuffled((m.subject for m in pool.values()), seed, "draw", split.index, index)
-    queue = [case for subject in order for case in sorted(c for c, m in pool.items() if m.subject == subject)]
-    if isinstance(labels, int):
+    of_subject = [sorted(c for c, m in pool.items() if m.subject == subject) for subject in order]
+    queue = of_subject if unit == "subjects" else [[case] for cases in of_subject for case in cases]
+
+    def others(than: list[str]) -> list[list[str]]:
+        subjects = {pool[case].subject for case in than}
+        return [cases for cases in reversed(queue) if pool[cases[0]].subject not in subjects]
+
+    if labels == "all":
+        chosen = _joined(others([])[:validation])
+        wanted, train = 1, _joined(reversed(others(chosen)))
+    elif isinstance(labels, int):
         if labels < 1:
             raise GlocalError(f"labels={labels} leaves nothing to train on: ask for one labelled volume or more.")
-        train, count = queue[:labels], labels
+        wanted, train = labels, _joined(queue[:labels])
+        chosen = _joined(others(train)[:validation])
     else:
         _refuse_unknown(labels, pool, split)
-        train, count = list(labels), len(labels)
-    used = {pool[case].subject for case in train}
-    chosen = [case for case in reversed(queue) if pool[case].subject not in used][:validation]
-    if len(train) < count or len(chosen) < validation:
+        wanted, train = len(labels), list(labels)
+        chosen = _joined(others(train)[:validation])
+    if min(len(queue), len(train)) < wanted or len(chosen) < validation:
         raise GlocalError(
-            f"{count} labelled volumes for training and {validation} for validation were asked for, but only "
+            f"{wanted} labelled {unit} for training and {validation} for validation were asked for, but only "
             f"{len(queue)} may be trained on (no subject in both): lower labels or validation, or label more."
         )
     return Draw(index, tuple(train), tuple(sorted(chosen)))
+
+
+def _joined(lists: Iterable[list[str]]) -> list[str]:
+    return [case for cases in lists for case in cases]
 
 
 def _refuse_unknown(labels: Sequence[str], pool: dict[str, Member], split: Split) -> None:
@@ -201,18 +258,22 @@ def refuse_leakage(members: Sequence[Member], split: Split, used: Iterable[str],
         )
 
 
-def begin_on_split(run: Path, kind: str, settings: dict[str, Any], split: Split, draw: Draw | None = None) -> bool:
-    """Begin a training's run, or continue it; whether it is finished already.
+def begin_on_split(
+    stack: ExitStack, run: Path, kind: str, settings: dict[str, Any], split: Split, draw: Draw | None = None
+) -> bool:
+    """Begin a training's run, or continue it; whether it is finished already. If not, `stack` holds its folder.
 
     Raises:
-        GlocalError: the folder holds something else, or a run with other settings or another split.
+        GlocalError: the folder holds something else, a run with other settings or another split, or another process
+            works in it (`Busy`).
     """
     runs.begin(run, kind, settings)
     if (run / "split.json").exists() and read_split(run) != split:
         raise GlocalError(f"{run} was begun with another split of the cases: choose another run folder.")
     if not runs.finished(run):
+        stack.enter_context(runs.held(run))
         write_split(run, split, draw)
-    return runs.finished(run)
+    return runs.finished(run)  # maybe by another process, meanwhile
 
 
 def write_split(folder: Path, split: Split, draw: Draw | None = None) -> None:

@@ -74,8 +74,8 @@ class Store:
             *(f"{b} has an image of {a} too: the two count as one subject." for b, a in twins.items()),
             *(f"{case['name']}: {text}" for case in cases for text in case["warnings"]),
         )
-        # Neither the place of the raw files nor the version of glocal changes what the data are.
-        content = json.dumps([manifest["plan"], cases], sort_keys=True)
+        # What they are made of and how: neither the place of the raw files nor the wording of a warning belongs to it.
+        content = json.dumps([[case[key] for key in ("name", "subject", "sources", "plan")] for case in cases])
         self._digest = hashlib.sha256(content.encode()).hexdigest()
 
         counts = torch.tensor([volume.slices for volume in self.volumes])
@@ -163,7 +163,7 @@ class Store:
         return self._numbers[case]
 
     def digest(self) -> str:
-        """SHA-256 that identifies the data: plan, cases and the digests of their source files."""
+        """SHA-256 that identifies the data: cases, subjects, the digests of their source files, and the plan."""
         return self._digest
 
     def _fetch(self, kind: Kind, indices: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def derived(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _without_closed_labels(dataset: Dataset, settings: Mapping[str, Any]) -> Dataset:
     """The dataset as if its test and development cases had no labels: nothing may be fitted to those."""
     protocol = validated(ProtocolOptions, settings.get("protocol", {}), "protocol")
-    if protocol.leave_one_out:  # every label map is tested on in its turn
+    if protocol.leave_one_out or protocol.folds:  # every label map is tested on in its turn
         return replace(dataset, cases=tuple(replace(case, label=None) for case in dataset.cases))
     splits = range(protocol.splits)
     seed = settings.get("seed", 0)

@@ -1,103 +1,182 @@
-"""The runs a recipe asks for, and doing them: in this process, or several processes at once."""
+"""The trainings that are asked for, as jobs, and doing them: in order, each as soon as what it needs is done."""
 
-import os
-import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import nullcontext
 from dataclasses import dataclass
-from multiprocessing import get_context
-from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
+from rich.progress import Progress
+
 from glocal import runs
-from glocal.errors import GlocalError
-from glocal.processes import cores, follow_parent
+from glocal.errors import Busy, GlocalError
+from glocal.experiments.executors import LOST, Executors, JobError, Work, told
+from glocal.files import write_text
 from glocal.progress import progress
+
+FAILURE = "failure.txt"
+LOOK_SECONDS = 2.0  # between two looks at the logs
+REST_SECONDS = 10.0  # before a folder is tried again in which another process works
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: a top-level function with its arguments, its folder, and the iterations it will do."""
+    """One run: a top-level function with its arguments, its folder, the iterations it will do, the runs it needs."""
 
-    work: Callable[..., Any]
+    work: Work
     arguments: dict[str, Any]
     folder: Path
     iterations: int
+    needs: tuple[Path, ...] = ()  # folders of other jobs
 
     def done(self) -> bool:
         """Whether the run was finished before."""
         return runs.finished(self.folder)
 
 
-def do(jobs: Sequence[Job], description: str, workers: int, gpus: Sequence[str] = ()) -> None:
-    """Do the jobs that are not done yet, `workers` of them at the same time, which share out the GPUs (see `gpus`).
+@dataclass(frozen=True)
+class Failure:
+    """A job that was not done, and why, in one sentence."""
+
+    job: Job
+    reason: str
+
+
+def do(jobs: Sequence[Job], description: str, executor: Executors, keep_going: bool = False) -> list[Failure]:
+    """Do the jobs that are not done yet, the first ones first, each as soon as the jobs it needs are done.
+
+    A job in whose folder another process works is put back and looked at again some seconds later.
+
+    Args:
+        keep_going: whether a failing job is put on record, in `failure.txt` of its folder too, while the others go on.
+
+    Returns:
+        What failed, and what was not run because of it; empty without `keep_going`.
 
     Raises:
-        GlocalError: a job's own, after the jobs that were running have been stopped; or a process was killed.
+        GlocalError: without `keep_going` the first failing job's own; the connection to a cluster was lost.
+        JobError: without `keep_going`, anything else that a job raised.
     """
-    open_jobs = [job for job in jobs if not job.done()]
-    if workers == 1 or len(open_jobs) < 2:
-        for job in open_jobs:
-            job.work(**job.arguments)
-        return
-    _do_at_once(open_jobs, description, workers, gpus)
+    board = _Board(jobs, executor, keep_going)
+    with nullcontext(Progress(disable=True)) if executor.shows else progress() as bar:
+        task = bar.add_task(description, info="", **board.state())
+        while board.open:
+            board.submit()
+            board.collect()
+            bar.update(task, info=board.info(), **board.state())
+    return board.failures
 
 
-def _do_at_once(jobs: Sequence[Job], description: str, workers: int, gpus: Sequence[str]) -> None:
-    total = sum(job.iterations for job in jobs)
-    context = get_context("spawn")
-    of_workers = context.SimpleQueue()
-    for worker in range(workers):
-        of_workers.put(gpus[worker % len(gpus)] if gpus else None)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_on_its_own, initargs=(of_workers,))
-    try:
-        waiting: set[Future[Any]] = {pool.submit(job.work, **job.arguments) for job in jobs}
-        with progress() as bar:
-            task = bar.add_task(description, total=total, info="")
-            while waiting:
-                finished, waiting = wait(waiting, timeout=2, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    future.result()
-                bar.update(task, completed=sum(_iterations_done(job) for job in jobs))
-    except BrokenProcessPool as error:
-        _stop(pool)
-        raise GlocalError(
-            "A training process was killed, most likely for lack of memory: start the same command again with "
-            "--workers 1, it continues."
-        ) from error
-    except BaseException:
-        _stop(pool)
-        raise
-    pool.shutdown()
+class _Board:
+    """Which jobs are open (in order), which of them are in flight, which must rest, and what has failed."""
+
+    def __init__(self, jobs: Sequence[Job], executor: Executors, keep_going: bool) -> None:
+        self.jobs = list({job.folder: job for job in jobs}.values())  # several may name the same pre-training
+        self.executor, self.keep_going = executor, keep_going
+        self.open = {job.folder: job for job in self.jobs if not job.done()}
+        self.flying: dict[Future[Any], Job] = {}
+        self.resting: dict[Path, float] = {}  # until when
+        self.kills: Counter[Path] = Counter()
+        self.failures: list[Failure] = []
+        self.slots = 0
+
+    def submit(self) -> None:
+        """Submit what may begin, as long as there are free workers; a suspect only alone, when the others are done."""
+        self.slots = self.executor.slots()
+        for job in sorted(self.open.values(), key=self._suspect):
+            alone = self._suspect(job) or any(map(self._suspect, self.flying.values()))
+            if len(self.flying) >= (min(1, self.slots) if alone else self.slots):
+                return
+            if not self._ready(job):
+                continue
+            if job.done():  # by another process, meanwhile
+                del self.open[job.folder]
+                continue
+            (job.folder / FAILURE).unlink(missing_ok=True)
+            self.flying[self.executor.submit(job.work, job.arguments)] = job
+
+    def collect(self) -> None:
+        """Wait until a job has ended, or for some seconds; what ended is done, put back, or has failed."""
+        if not self.flying:
+            time.sleep(LOOK_SECONDS if self.open else 0)  # all that is left must rest
+            return
+        ended, _ = wait(self.flying, LOOK_SECONDS, FIRST_COMPLETED)
+        for future in ended:
+            job = self.flying.pop(future)
+            if future.cancelled():
+                raise GlocalError(LOST)
+            self._judge(job, future.exception())
+
+    def _judge(self, job: Job, error: BaseException | None) -> None:
+        if error is None:
+            del self.open[job.folder]
+        elif isinstance(error, Busy):
+            self.resting[job.folder] = time.monotonic() + REST_SECONDS
+        elif not isinstance(error, self.executor.killed):
+            self._fail(job, error)
+        else:
+            self.kills[job.folder] += 1
+            if self.kills[job.folder] == self.executor.patience:
+                self._fail(job, GlocalError(_killed(job)))
+
+    def _suspect(self, job: Job) -> bool:
+        """Whether every chance but the last is gone: one job that kills its process takes its neighbours with it."""
+        return 0 < self.kills[job.folder] == self.executor.patience - 1
+
+    def _ready(self, job: Job) -> bool:
+        waits = self._flies(job) or any(need in self.open for need in job.needs)
+        return not waits and time.monotonic() >= self.resting.get(job.folder, 0)
+
+    def _flies(self, job: Job) -> bool:
+        return any(other is job for other in self.flying.values())
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        if not self.keep_going:
+            raise error
+        note = job.folder / FAILURE
+        if isinstance(error, GlocalError):
+            reason = text = str(error)
+        else:
+            line, trace = error.args if isinstance(error, JobError) else told(error)
+            reason, text = f"{line} (the whole traceback is in {note}).", trace
+        write_text(note, f"{text.rstrip()}\n")
+        self._give_up(job, reason)
+
+    def _give_up(self, job: Job, reason: str) -> None:
+        self.failures.append(Failure(job, reason))
+        del self.open[job.folder]
+        for other in list(self.open.values()):
+            if job.folder in other.needs and other.folder in self.open:  # it may have needed two that failed
+                self._give_up(other, f"Not run, because it needs {job.folder}, which failed.")
+
+    def state(self) -> dict[str, Any]:
+        """Iterations done and to be done, as arguments of the bar."""
+        failed = {failure.job.folder for failure in self.failures}
+        total = sum(job.iterations for job in self.jobs if job.folder not in failed)
+        to_do = sum(job.iterations for job in self.open.values())
+        begun = [job for job in self.open.values() if job.folder in self.resting or self._flies(job)]
+        return {"total": total, "completed": total - to_do + sum(_iterations_done(job) for job in begun)}
+
+    def info(self) -> str:
+        """How many jobs are done and have failed."""
+        failed = f", {len(self.failures)} failed" if self.failures else ""
+        nobody = ", waiting for workers" if self.open and not self.slots else ""
+        return f"{len(self.jobs) - len(self.open) - len(self.failures)} of {len(self.jobs)} done{failed}{nobody}"
 
 
-def _on_its_own(gpus: "SimpleQueue[str | None]") -> None:
-    """Initialise a worker: one thread, a GPU of its own where there are some, and no word."""
-    follow_parent()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    if gpu := gpus.get():
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    import torch
-
-    torch.set_num_threads(1)
-    # Bars of several processes would write over each other.
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-
-
-def _stop(pool: ProcessPoolExecutor) -> None:
-    # A run continues from its checkpoint, so that ending it at once loses seconds.
-    for process in list((pool._processes or {}).values()):
-        process.terminate()
-    pool.shutdown(wait=False, cancel_futures=True)
+def _killed(job: Job) -> str:
+    return (
+        f"The process that worked on {job.folder} was killed again and again, most likely for lack of memory: use a "
+        "smaller batch, or a machine with more memory."
+    )
 
 
 def _iterations_done(job: Job) -> int:
     """Read off the logs, so that workers need not report."""
-    if job.done():
-        return job.iterations
-    return sum(_last_iteration(log) for log in job.folder.glob("**/metrics.jsonl"))
+    return min(job.iterations, sum(_last_iteration(log) for log in job.folder.glob("**/metrics.jsonl")))
 
 
 def _last_iteration(log: Path) -> int:
@@ -108,20 +187,3 @@ def _last_iteration(log: Path) -> int:
         return int(last.split(b'"iteration": ')[1].split(b",")[0])
     except (OSError, IndexError, ValueError):
         return 0
-
-
-def default_workers(device: str) -> int:
-    """As many processes as there are cores; with GPUs one for each, because a training is fastest alone on its GPU."""
-    import torch
-
-    return cores() if device == "cpu" or not torch.cuda.is_available() else max(1, len(gpus_for(device)))
-
-
-def gpus_for(device: str) -> list[str]:
-    """The GPUs that workers share out with `device=auto`, as `CUDA_VISIBLE_DEVICES` names them; else none."""
-    import torch
-
-    if device != "auto" or not torch.cuda.is_available():
-        return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible else [str(gpu) for gpu in range(torch.cuda.device_count())]

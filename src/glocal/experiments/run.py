@@ -2,30 +2,35 @@
 
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from glocal import distributed, runs
-from glocal.data.dataset import Dataset, read_dataset
+from glocal.data.dataset import read_dataset
 from glocal.data.preprocess import preprocess
-from glocal.data.split import Member, Split, draw_labels, make_split, read_split
+from glocal.data.split import Split, read_split
 from glocal.data.store import Store
 from glocal.devices import device_named, precision_of
 from glocal.errors import GlocalError
 from glocal.experiments.derive import derived
-from glocal.experiments.jobs import Job, default_workers, do, gpus_for
+from glocal.experiments.executors import default_workers, executor_named
+from glocal.experiments.jobs import Job, do
 from glocal.experiments.recipe import Recipe, make_recipe, read_recipe
 from glocal.experiments.report import report, warnings_below
 from glocal.experiments.tables import write_tables
+from glocal.experiments.trainings import (
+    budgets_of,
+    finetuning_job,
+    pretraining_job,
+    refuse_impossible_draws,
+    splits_of,
+)
 from glocal.files import read_json, write_json
-from glocal.finetuning.base import FinetuningOptions
-from glocal.finetuning.finetune import finetune, measured_cases, predict_cases
-from glocal.finetuning.registry import finetuning_options
+from glocal.finetuning.finetune import measured_cases, predict_cases
 from glocal.model import load_network
-from glocal.pretraining.pretrain import pretrain
-from glocal.pretraining.registry import method_named, pretraining_options
 from glocal.processes import cores
 from glocal.progress import console
 
@@ -51,6 +56,7 @@ def run(recipe: str, words: Sequence[str] = (), workers: int | None = None) -> P
         GlocalError: what the user can correct, before anything runs where possible.
     """
     settings = read_recipe(recipe, words)
+    settings.pop("experiment", None)  # what varies beyond contenders, budgets and draws is for `glocal experiment`
     if "data" not in settings or "out" not in settings:
         raise GlocalError("Say which data and where to: data=DATASET out=RUN.")
     return run_recipe(make_recipe(derived(settings)), workers)
@@ -66,7 +72,8 @@ def run_recipe(recipe: Recipe, workers: int | None = None) -> Path:
         )
     recipe = recipe.model_copy(update={"data": recipe.data.resolve()})  # however it was spelled
     out = recipe.out
-    _refuse_impossible(recipe, read_dataset(recipe.data))
+    dataset = read_dataset(recipe.data)
+    refuse_impossible_draws(recipe, dataset.members, dataset.split)
     runs.begin(out, "run", recipe.model_dump(mode="json", exclude={"out"}))
     with runs.held(out):
         _whole_road(recipe, workers)
@@ -82,10 +89,7 @@ def _whole_road(recipe: Recipe, workers: int | None) -> None:
     out = recipe.out
     store = preprocess(recipe.data, out / "store", recipe.preprocess, workers=workers)
     workers = workers or default_workers(recipe.device)
-    splits = [
-        make_split(store.volumes, store.split, recipe.protocol, recipe.seed, index)
-        for index in range(split_count(recipe, store.volumes))
-    ]
+    splits = splits_of(recipe, store.volumes, store.split)
     measured = any(measured_cases(store, split, recipe.protocol) for split in splits)
     _say(store, splits, measured)
     contenders = recipe.contenders(measured)
@@ -95,9 +99,8 @@ def _whole_road(recipe: Recipe, workers: int | None) -> None:
         for job in jobs:
             job.arguments["settings"] |= machine[part]
     _refuse_other_data([*pretraining, *finetuning], store)
-    gpus = gpus_for(recipe.device)
-    do(pretraining, "Pre-training", workers, gpus)
-    do(finetuning, "Fine-tuning", workers, gpus)
+    with executor_named("local", workers, recipe.device) as executor:
+        do([*pretraining, *finetuning], "Training", executor)
     write_json(out / "split.json", {"splits": [split.__dict__ for split in splits]})
     write_tables(out)
     write_masks(store, finetuning[-1].folder, out / "masks", device_named(recipe.device))
@@ -111,24 +114,6 @@ def write_masks(store: Store, training: Path, folder: Path, device: torch.device
     if missing:
         network = load_network(training / "model.safetensors")[0].to(device)
         predict_cases(network, store, dataset, missing, folder, device)
-
-
-def _refuse_impossible(recipe: Recipe, dataset: Dataset) -> None:
-    """What the splits and draws would refuse is said before a folder is begun or anything is computed."""
-    members = dataset.members
-    options: Any = finetuning_options(recipe.part(recipe.finetune))
-    for index in range(split_count(recipe, members)):
-        split = make_split(members, dataset.split, recipe.protocol, recipe.seed, index)
-        for budget in budgets_of(options):
-            drawn = [
-                draw_labels(members, split, budget, options.validation, options.seed, draw).train
-                for draw in range(recipe.protocol.draws)
-            ]
-            if len({frozenset(cases) for cases in drawn}) < len(drawn):
-                raise GlocalError(
-                    f"Two of the {len(drawn)} draws would label the same volumes, so they would not tell chance from "
-                    "effect: use a smaller protocol.draws, or another seed."
-                )
 
 
 def _on_this_machine(recipe: Recipe, workers: int, pretrainings: int, finetunings: int) -> dict[str, dict[str, Any]]:
@@ -147,19 +132,6 @@ def _on_this_machine(recipe: Recipe, workers: int, pretrainings: int, finetuning
     return content
 
 
-def split_count(recipe: Recipe, members: Sequence[Member]) -> int:
-    """How many splits there are: with leave-one-out one per labelled subject."""
-    if recipe.protocol.leave_one_out:
-        return max(1, len({member.subject for member in members if member.labelled}))
-    return recipe.protocol.splits
-
-
-def budgets_of(options: FinetuningOptions) -> list[Any]:
-    """The budgets to train with: numbers of volumes, or one list of cases."""
-    labels = options.labels
-    return list(dict.fromkeys(labels)) if isinstance(labels, tuple) and isinstance(labels[0], int) else [labels]
-
-
 def _refuse_other_data(jobs: Sequence[Job], store: Store) -> None:
     """Trainings that were finished on other data are said before the first one runs."""
     for job in jobs:
@@ -171,72 +143,33 @@ def _refuse_other_data(jobs: Sequence[Job], store: Store) -> None:
 
 def pretraining_jobs(recipe: Recipe, splits: Sequence[Split], contenders: Sequence[str]) -> list[Job]:
     """One pre-training per contender and split; it serves all draws and budgets."""
-    jobs = []
-    for split in splits:
-        for name in dict.fromkeys(contender.partition("@")[0] for contender in contenders):
-            if name == "random":
-                continue
-            settings = recipe.part(recipe.pretrain[name])
-            options = pretraining_options(settings)
-            stages = method_named(settings["method"]).stages(options)
-            folder = pretraining_folder(recipe.out, split.index, name)
-            arguments: dict[str, Any] = {
-                "store": recipe.out / "store",
-                "run": folder,
-                "settings": settings,
-                "protocol": recipe.protocol,
-                "split": split,
-            }
-            jobs.append(Job(pretrain, arguments, folder, options.max_iterations * len(stages)))
-    return jobs
+    names = [
+        name for name in dict.fromkeys(contender.partition("@")[0] for contender in contenders) if name != "random"
+    ]
+    return [
+        pretraining_job(recipe, name, split, recipe.out / "store", _pretraining_folder(recipe, split, name))
+        for split in splits
+        for name in names
+    ]
 
 
 def finetuning_jobs(recipe: Recipe, splits: Sequence[Split], contenders: Sequence[str]) -> list[Job]:
     """One fine-tuning per split, contender, budget and draw."""
-    options = finetuning_options(recipe.part(recipe.finetune))
-    budgets = budgets_of(options)
-    jobs = []
+    budgets = budgets_of(recipe)
     # Draws outermost: a run that is stopped half-way has whole pairs to compare.
-    for draw in range(recipe.protocol.draws):
-        for split in splits:
-            for budget in budgets:
-                for contender in contenders:
-                    source = contender_model(recipe, split.index, contender)
-                    settings = recipe.part(recipe.finetune) | {"labels": budget, "draw": draw}
-                    count = budget if isinstance(budget, int) else len(budget)
-                    folder = (
-                        recipe.out / "finetune" / f"split-{split.index}" / contender / f"labels-{count}-draw-{draw}"
-                    )
-                    arguments: dict[str, Any] = {
-                        "store": recipe.out / "store",
-                        "run": folder,
-                        "settings": settings,
-                        "pretrained": source,
-                        "protocol": recipe.protocol,
-                        "split": split,
-                    }
-                    jobs.append(Job(finetune, arguments, folder, options.max_iterations))
-    return jobs
+    places = product(range(recipe.protocol.draws), splits, budgets, contenders)
+    return [_finetuning_job(recipe, *place) for place in places]
 
 
-def pretraining_folder(out: Path, split: int, name: str) -> Path:
-    """Where a contender's pre-training on a split lies."""
-    return out / "pretrain" / f"split-{split}" / name
+def _finetuning_job(recipe: Recipe, draw: int, split: Split, budget: Any, contender: str) -> Job:
+    before = None if contender == "random" else _pretraining_folder(recipe, split, contender.partition("@")[0])
+    count = len(budget) if isinstance(budget, tuple) else budget
+    folder = recipe.out / "finetune" / f"split-{split.index}" / contender / f"labels-{count}-draw-{draw}"
+    return finetuning_job(recipe, contender, split, budget, draw, recipe.out / "store", folder, before)
 
 
-def contender_model(recipe: Recipe, split: int, contender: str) -> Path | None:
-    """The model file of a contender: of its last stage, or with `NAME@STAGE` of that stage; None for `random`."""
-    name, _, stage = contender.partition("@")
-    if name == "random":
-        return None
-    folder = pretraining_folder(recipe.out, split, name)
-    if not stage:
-        return folder / "model.safetensors"
-    settings = recipe.part(recipe.pretrain[name])
-    stages = [found for found, _ in method_named(settings["method"]).stages(pretraining_options(settings))]
-    if stage not in stages:
-        raise GlocalError(f"compare names {contender!r}, but {name} has the stages {', '.join(stages)}.")
-    return folder / f"stage-{stages.index(stage) + 1}-{stage}" / "model.safetensors"
+def _pretraining_folder(recipe: Recipe, split: Split, name: str) -> Path:
+    return recipe.out / "pretrain" / f"split-{split.index}" / name
 
 
 def _say(store: Store, splits: Sequence[Split], measured: bool) -> None:

@@ -1,12 +1,14 @@
 """The sections of a report: tables, pictures and curves made from what a run left behind."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import yaml
+from numpy.typing import NDArray
 
 from glocal import runs
 from glocal.data.dataset import Dataset, read_dataset
@@ -109,17 +111,34 @@ def masks(run: Path, store: Store) -> list[Section]:
     return [Section("Masks of the unlabelled volumes", text=text, pictures=pictures)]
 
 
-def _overlay(store: Store, dataset: Dataset, masks: Path, name: str) -> bytes:
-    """The slice of a case with most of the structures: image, expert's labels if there are any, mask."""
+@dataclass(frozen=True)
+class ShownSlice:
+    """A slice of a case for a picture: image, expert's labels if there are any, and masks, all `(H, W)`."""
+
+    title: str
+    image: NDArray[Any]
+    truth: NDArray[Any] | None
+    masks: tuple[NDArray[Any], ...]
+    aspect: float
+
+
+def shown_slice(store: Store, dataset: Dataset, folders: Sequence[Path], name: str) -> ShownSlice:
+    """The slice of a case with most of the structures, with the masks of it in some folders."""
     case = next(case for case in dataset.cases if case.name == name)
     undo = store.volumes[store.index_of(name)].undo
     image = undo.oriented(read_image(case.images[:1]).array)[:, 0]
-    prediction = undo.oriented(read_labels(masks / f"{name}{dataset.file_ending}").array)[:, 0]
+    files = [folder / f"{name}{dataset.file_ending}" for folder in folders]
+    masks = [undo.oriented(read_labels(file).array)[:, 0] for file in files]
     truth = undo.oriented(read_labels(case.label).array)[:, 0] if case.label else None
-    place = int(np.argmax(((prediction if truth is None else truth) != 0).sum((1, 2))))
+    place = int(np.argmax(((masks[0] if truth is None else truth) != 0).sum((1, 2))))
     title = f"{name}, slice {place + 1} of {len(image)}"
     expert = None if truth is None else truth[place]
-    return overlay_row(image[place], expert, prediction[place], store.labels, title, _aspect(store, undo, name))
+    return ShownSlice(title, image[place], expert, tuple(mask[place] for mask in masks), _aspect(store, undo, name))
+
+
+def _overlay(store: Store, dataset: Dataset, masks: Path, name: str) -> bytes:
+    shown = shown_slice(store, dataset, [masks], name)
+    return overlay_row(shown.image, shown.truth, shown.masks[0], store.labels, shown.title, shown.aspect)
 
 
 def _aspect(store: Store, undo: Undo, name: str) -> float:

@@ -23,8 +23,10 @@ class FinetuningOptions(TrainingOptions):
 
     strategy: str = Field("supervised", description="see `glocal methods`")
     network: NetworkOptions = Field(NetworkOptions(), description="with pre-trained weights, theirs is taken")
-    labels: PositiveInt | Several[PositiveInt] | Several[str] = Field(
-        2, description="labelled volumes to train on: a number (an experiment takes several), or cases by name"
+    labels: PositiveInt | Literal["all"] | Several[PositiveInt | Literal["all"]] | Several[str] = Field(
+        2,
+        description="labelled volumes to train on: a number or `all` (a list of these for several trainings), "
+        "or cases by name",
     )
     validation: int = Field(0, ge=0, description="further labelled volumes that only choose the best checkpoint")
     draw: int = Field(0, ge=0, description="which random choice of the labelled volumes")
@@ -63,9 +65,10 @@ class Strategy(nn.Module):
 
 @dataclass(frozen=True)
 class StrategyEntry:
-    """A strategy by name."""
+    """A strategy by name; `version` is raised by hand whenever its results change (see `runs.identity`)."""
 
     paper: str
     summary: str
+    version: int
     options: type[FinetuningOptions]
     make: type[Strategy]

@@ -1,7 +1,8 @@
 """Fine-tune a network on a few labelled volumes, keep the last and the best-validation weights, and measure them."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glocal import runs
+from glocal import engine, inference, runs
+from glocal.data import sampling
 from glocal.data.dataset import Dataset, read_dataset
 from glocal.data.image import write_like
 from glocal.data.prepare import restore
 from glocal.data.sampling import Pool
 from glocal.data.split import (
     Draw,
+    Member,
     ProtocolOptions,
     Split,
     begin_on_split,
@@ -29,6 +32,7 @@ from glocal.devices import joined
 from glocal.distributed import first_decides, rank
 from glocal.engine import train
 from glocal.errors import GlocalError
+from glocal.evaluation import metrics
 from glocal.evaluation.evaluate import evaluate
 from glocal.evaluation.metrics import dice
 from glocal.files import digest, replacing, write_json
@@ -37,9 +41,10 @@ from glocal.finetuning.registry import finetuning_options, strategy_named
 from glocal.inference import folded, slice_probabilities
 from glocal.model import Header, Transfer, find_model, load_network, read_header, save_model, transfer
 from glocal.networks.base import SegmentationNetwork
-from glocal.networks.registry import build
+from glocal.networks.registry import NETWORKS, build
 from glocal.progress import console
 from glocal.randomness import seed_of
+from glocal.views import view
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,35 +82,51 @@ def finetune(
     store = store if isinstance(store, Store) else Store.open(store)
     source = None if pretrained is None else find_model(pretrained)
     split = split or _split_of(source, store, protocol, options.seed)
-    labels = options.labels
-    if not (isinstance(labels, int) or all(isinstance(case, str) for case in labels)):
-        raise GlocalError("A single fine-tuning takes one number of labels: several are for `glocal run`.")
-    draw = draw_labels(store.volumes, split, labels, options.validation, options.seed, options.draw)  # type: ignore[arg-type]
-    device = joined(options.device)
+    draw = draw_of(store.volumes, split, options, protocol)
+    joined(options.device)
     header, network, report = _start(store, options, source, split, draw)
-    settings_now = _settings(store, options, source, split, protocol)
-    if first_decides(lambda: begin_on_split(run, "finetune", settings_now, split, draw)):
-        return run / "model.safetensors"
-    if report is not None and rank() == 0:
-        write_json(run / "transfer.json", report.as_dict())
-        console.print(report.sentence(), highlight=False)
+    facts = facts_of_run(store, options, split, protocol) | {"pretrained": _before(source)}
+    settings_now = facts | options.model_dump(mode="json")
+    with ExitStack() as stack:
+        if not first_decides(lambda: begin_on_split(stack, run, "finetune", settings_now, split, draw)):
+            if report is not None and rank() == 0:
+                write_json(run / "transfer.json", report.as_dict())
+                console.print(report.sentence(), highlight=False)
+            _train_and_measure(store, run, options, source, protocol, split, draw, header, network, started)
+    return run / "model.safetensors"
+
+
+def _train_and_measure(
+    store: Store,
+    run: Path,
+    options: FinetuningOptions,
+    source: Path | None,
+    protocol: ProtocolOptions,
+    split: Split,
+    draw: Draw,
+    header: Header,
+    network: SegmentationNetwork,
+    started: float,
+) -> None:
+    device = joined(options.device)
     if options.compile:
         network.compile_parts()
-
     cases = measured_cases(store, split, protocol)
     if cases:
         read_dataset(store.dataset)  # where their label maps are: a moved dataset is said before training, not after
     store.to(device)
     labelled, unlabelled = Pool(store, draw.train), Pool(store, split.pretrain)
-    strategy = strategy_named(options.strategy).make(network, labelled, unlabelled, options)
+    # Another draw is also another choice of batches and views, so that draws of `all` labels tell chance from effect.
+    seeded = options.model_copy(update={"seed": seed_of(options.seed, "training", options.draw)})
+    strategy = strategy_named(options.strategy).make(network, labelled, unlabelled, seeded)
     validate = (
         _Validation(store, draw.validation, run / "best.safetensors", header, device) if draw.validation else None
     )
     transductive = source is not None and bool(read_header(source).provenance["transductive"])
     warnings = [TRANSDUCTIVE] if transductive else []
-    warnings += train(strategy, options, run, run.name, validate, options.evaluate_every)
+    warnings += train(strategy, seeded, run, run.name, validate, options.evaluate_every)
     if rank() > 0:  # the first process measures alone
-        return run / "model.safetensors"
+        return
     save_model(run / "model.safetensors", strategy.network.state_dict(), header)
     if cases:
         measure(store, run, cases, device, transductive)
@@ -118,7 +139,6 @@ def finetune(
         evaluated=protocol.evaluate if cases else None,
         cases=list(cases),
     )
-    return run / "model.safetensors"
 
 
 def _split_of(source: Path | None, store: Store, protocol: ProtocolOptions, seed: int) -> Split:
@@ -130,20 +150,55 @@ def _split_of(source: Path | None, store: Store, protocol: ProtocolOptions, seed
     return make_split(store.volumes, store.split, protocol, seed)
 
 
-def _settings(
-    store: Store, options: FinetuningOptions, source: Path | None, split: Split, protocol: ProtocolOptions
-) -> dict[str, Any]:
-    """What makes this run the run it is."""
-    before = None
-    if source is not None:
-        provenance = read_header(source).provenance
-        before = {"method": provenance["pretraining"]["method"], "stage": provenance["stage"]}
+def draw_of(
+    members: Sequence[Member],
+    split: Split,
+    options: FinetuningOptions,
+    protocol: ProtocolOptions,
+    index: int | None = None,
+) -> Draw:
+    """The labelled volumes of a fine-tuning: of the draw in its options, or of draw `index`.
+
+    Raises:
+        GlocalError: several budgets, or too few labelled volumes.
+    """
+    labels = options.labels
+    if isinstance(labels, tuple) and (isinstance(labels[0], int) or "all" in labels):
+        raise GlocalError(
+            "A single fine-tuning takes one number of labels: several are for `glocal run` and `glocal experiment`."
+        )
+    named: Any = labels
+    index = options.draw if index is None else index
+    return draw_labels(members, split, named, options.validation, options.seed, index, protocol.budget)
+
+
+def facts_of_run(store: Store, options: FinetuningOptions, split: Split, protocol: ProtocolOptions) -> dict[str, Any]:
+    """What makes a fine-tuning the run it is, beside its options and the weights it starts from."""
     return {
         "store": store.digest(),
-        "pretrained": None if before is None or source is None else {**before, "digest": digest(source)},
         "split": split.index,
+        "budget": protocol.budget,
         "evaluate": protocol.evaluate,
-        **options.model_dump(mode="json"),
+        "versions": {
+            options.strategy: strategy_named(options.strategy).version,
+            options.network.name: NETWORKS[options.network.name].version,
+            "engine": engine.VERSION,
+            "sampling": sampling.VERSION,
+            "views": view.VERSION,
+            "inference": inference.VERSION,
+            "metrics": metrics.VERSION,
+        },
+    }
+
+
+def _before(source: Path | None) -> dict[str, str] | None:
+    if source is None:
+        return None
+    provenance = read_header(source).provenance
+    return {
+        "method": provenance["pretraining"]["method"],
+        "stage": provenance["stage"],
+        "digest": digest(source),
     }
 
 

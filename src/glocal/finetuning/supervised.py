@@ -36,6 +36,7 @@ SUPERVISED = StrategyEntry(
     paper="K. Chaitanya, E. Erdil, N. Karani, E. Konukoglu: Contrastive learning of global and local features for "
     "medical image segmentation with limited annotations. NeurIPS 2020 (its baseline).",
     summary="train on the labelled volumes with full augmentation",
+    version=1,
     options=FinetuningOptions,
     make=Supervised,
 )

@@ -13,11 +13,15 @@ NetworkOptions = UNetOptions
 
 @dataclass(frozen=True)
 class NetworkEntry:
-    """A network by name: `build(in_channels, classes, options)`, and where it was published."""
+    """A network by name: `build(in_channels, classes, options)`, and where it was published.
+
+    `version` is raised by hand whenever its results change (see `runs.identity`).
+    """
 
     build: Callable[[int, int, Any], SegmentationNetwork]
     summary: str
     paper: str
+    version: int
 
 
 NETWORKS: dict[str, NetworkEntry] = {
@@ -26,6 +30,7 @@ NETWORKS: dict[str, NetworkEntry] = {
         "U-Net with batch normalisation and nearest-neighbour up-sampling",
         "K. Chaitanya, E. Erdil, N. Karani, E. Konukoglu: Contrastive learning of global and local features "
         "for medical image segmentation with limited annotations. NeurIPS 2020.",
+        version=1,
     ),
 }
 

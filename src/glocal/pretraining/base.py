@@ -104,10 +104,11 @@ class Method:
     """A pre-training method by name.
 
     `stages(options)` lists its stages in order: a name for the folder, and what makes the stage from network, pool
-    and options.
+    and options. `version` is raised by hand whenever the method's results change (see `runs.identity`).
     """
 
     paper: str
     summary: str
+    version: int
     options: type[TrainingOptions]
     stages: Callable[[Any], list[tuple[str, Callable[[SegmentationNetwork, Pool, Any], Stage]]]]

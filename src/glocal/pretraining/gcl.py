@@ -177,6 +177,7 @@ GCL = Method(
     paper="K. Chaitanya, E. Erdil, N. Karani, E. Konukoglu: Contrastive learning of global and local features for "
     "medical image segmentation with limited annotations. NeurIPS 2020.",
     summary="slices of one anatomical partition attract each other; then regions of one slice, in the decoder",
+    version=1,
     options=Options,
     stages=_stages,
 )

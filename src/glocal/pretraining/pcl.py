@@ -108,6 +108,7 @@ def _stages(options: Any) -> list[tuple[str, Any]]:
 PCL = Method(
     paper="D. Zeng et al.: Positional contrastive learning for volumetric medical image segmentation. MICCAI 2021.",
     summary="slices at the same relative position of any volumes attract each other",
+    version=1,
     options=Options,
     stages=_stages,
 )

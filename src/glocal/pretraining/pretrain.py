@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from glocal import runs
+from glocal import engine, runs
 from glocal.checkpoints import training_state
+from glocal.contrast import losses
+from glocal.data import sampling
 from glocal.data.sampling import Pool
 from glocal.data.split import ProtocolOptions, Split, begin_on_split, make_split, refuse_leakage
 from glocal.data.store import Store
@@ -20,10 +23,11 @@ from glocal.distributed import first_decides
 from glocal.engine import TrainingOptions, train
 from glocal.files import replacing, write_json
 from glocal.model import Header, save_model, transfer
-from glocal.networks.registry import build
+from glocal.networks.registry import NETWORKS, build
 from glocal.pretraining.base import Method
 from glocal.pretraining.registry import method_named, pretraining_options
 from glocal.randomness import seed_of
+from glocal.views import view
 
 
 def pretrain(
@@ -65,10 +69,7 @@ def pretrain(
         for _, make in method.stages(options):
             make(build(options.network, store.plan.channels, len(store.labels)), pool, options)  # type: ignore[attr-defined]
 
-    settings_now = {"store": store.digest(), "transductive": protocol.transductive, **options.model_dump(mode="json")}
-    target = run / "model.safetensors"
-    if first_decides(lambda: begin_on_split(run, "pretrain", settings_now, split)):
-        return target
+    settings_now = facts_of_run(store, options, protocol) | options.model_dump(mode="json")
     header = Header(
         kind="pretrained",
         network=options.network,  # type: ignore[attr-defined]  # every method has it
@@ -85,9 +86,28 @@ def pretrain(
             **runs.environment(),
         },
     )
-    warnings = _train_stages(method, options, pool, run, header)
-    first_decides(lambda: _finish(run, _last_stage(method, options, run), started, warnings))
-    return target
+    with ExitStack() as stack:
+        if not first_decides(lambda: begin_on_split(stack, run, "pretrain", settings_now, split)):
+            warnings = _train_stages(method, options, pool, run, header)
+            first_decides(lambda: _finish(run, _last_stage(method, options, run), started, warnings))
+    return run / "model.safetensors"
+
+
+def facts_of_run(store: Store, options: TrainingOptions, protocol: ProtocolOptions) -> dict[str, Any]:
+    """What makes a pre-training the run it is, beside its options and the split."""
+    method, network = options.method, options.network.name  # type: ignore[attr-defined]  # every method has them
+    return {
+        "store": store.digest(),
+        "transductive": protocol.transductive,
+        "versions": {
+            method: method_named(method).version,
+            network: NETWORKS[network].version,
+            "engine": engine.VERSION,
+            "sampling": sampling.VERSION,
+            "views": view.VERSION,
+            "contrast": losses.VERSION,
+        },
+    }
 
 
 def _finish(run: Path, model: Path, started: float, warnings: list[str]) -> None:
@@ -96,13 +116,14 @@ def _finish(run: Path, model: Path, started: float, warnings: list[str]) -> None
     runs.finish(run, started, kind="pretrain", warnings=warnings)
 
 
-def _stage_folder(run: Path, number: int, name: str) -> Path:
+def stage_folder(run: Path, number: int, name: str) -> Path:
+    """Where stage `number` (from 1) of a pre-training lies."""
     return run / f"stage-{number}-{name}"
 
 
 def _last_stage(method: Method, options: TrainingOptions, run: Path) -> Path:
     stages = method.stages(options)
-    return _stage_folder(run, len(stages), stages[-1][0]) / "model.safetensors"
+    return stage_folder(run, len(stages), stages[-1][0]) / "model.safetensors"
 
 
 def _train_stages(method: Method, options: TrainingOptions, pool: Pool, run: Path, header: Header) -> list[str]:
@@ -111,7 +132,7 @@ def _train_stages(method: Method, options: TrainingOptions, pool: Pool, run: Pat
     before: Path | None = None
     trained: tuple[str, ...] = ()
     for number, (name, make) in enumerate(method.stages(options), start=1):
-        folder = _stage_folder(run, number, name)
+        folder = stage_folder(run, number, name)
         folder.mkdir(exist_ok=True)
         torch.manual_seed(seed_of(options.seed, "weights"))
         network = build(header.network, header.channels, len(header.labels))

@@ -56,11 +56,11 @@ def learning_curves(
 ) -> bytes:
     """Curves over training as SVG: `series` maps a name to its points (iteration, value); `log` scales the values."""
     with mpl.rc_context(STYLE):
-        figure, axes = _canvas(title, 3.4)
+        figure, axes = canvas(title, 3.4)
         for number, (name, points) in enumerate(series.items()):
             x, y = np.array(points, dtype=float).reshape(-1, 2).T
             mark = "o" if len(x) < 3 else None
-            axes.plot(x, y, color=_ink_colour(number), linewidth=1.8, marker=mark, label=name)
+            axes.plot(x, y, color=ink_colour(number), linewidth=1.8, marker=mark, label=name)
         if log:
             axes.set_yscale("log", nonpositive="mask")
             for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
@@ -69,7 +69,7 @@ def learning_curves(
         axes.margins(x=0.01)
         if len(series) > 1:
             _legend_below(figure, axes.get_legend_handles_labels())
-        return _bytes(figure, "svg")
+        return to_bytes(figure, "svg")
 
 
 def overlay(
@@ -93,13 +93,13 @@ def overlay(
         aspect: height of a pixel over its width, in mm.
     """
     with mpl.rc_context(STYLE):
-        window = _window(image.shape, truth, prediction)
-        figure = Figure(figsize=(4.4, 4.4 * _tallness(window, aspect) + 0.75), layout="constrained")
+        window = window_around(image.shape, truth, prediction)
+        figure = Figure(figsize=(4.4, 4.4 * tallness(window, aspect) + 0.75), layout="constrained")
         axes = figure.subplots()
-        _slice(axes, image, truth, prediction, class_names, window, aspect)
+        draw_slice(axes, image, truth, prediction, class_names, window, aspect)
         axes.set_title(title)
-        _class_legend(figure, class_names, truth is not None, prediction is not None)
-        return _bytes(figure, "png")
+        class_legend(figure, class_names, truth is not None, prediction is not None)
+        return to_bytes(figure, "png")
 
 
 def overlay_row(
@@ -114,15 +114,15 @@ def overlay_row(
     panels = [("Image", None), ("Expert", truth), ("Prediction", prediction)]
     panels = [(name, mask) for name, mask in panels if name == "Image" or mask is not None]
     with mpl.rc_context(STYLE):
-        window = _window(image.shape, truth, prediction)
-        size = 2.1 * len(panels), 2.1 * _tallness(window, aspect) + 0.95
+        window = window_around(image.shape, truth, prediction)
+        size = 2.1 * len(panels), 2.1 * tallness(window, aspect) + 0.95
         figure = Figure(figsize=size, layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         for axes, (name, mask) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            _slice(axes, image, None, mask, class_names, window, aspect)
+            draw_slice(axes, image, None, mask, class_names, window, aspect)
             axes.set_title(name, loc="center", fontsize=11, fontweight="normal", color=QUIET, pad=4)
-        _class_legend(figure, class_names, outline=False, fill=False)
-        return _bytes(figure, "png")
+        class_legend(figure, class_names, outline=False, fill=False)
+        return to_bytes(figure, "png")
 
 
 def class_boxes(frame: pd.DataFrame, metric: str, label: str = "") -> bytes:
@@ -133,19 +133,19 @@ def class_boxes(frame: pd.DataFrame, metric: str, label: str = "") -> bytes:
     """
     with mpl.rc_context(STYLE):
         classes = list(frame["class"].unique())
-        figure, axes = _canvas("", 3.4)
+        figure, axes = canvas("", 3.4)
         for place, name in enumerate(classes):
             rows = frame[(frame["class"] == name) & frame[metric].notna()]
             values, lost = rows[metric].to_numpy(float), rows["note"].isin(["missed", "invented", "no prediction"])
-            colour = _ink_colour(place)
-            axes.boxplot(values, positions=[place], widths=0.5, showfliers=False, **_box_style(colour))
-            x = place + _spread(len(values), 0.17)
+            colour = ink_colour(place)
+            axes.boxplot(values, positions=[place], widths=0.5, showfliers=False, **box_style(colour))
+            x = place + spread(len(values), 0.17)
             axes.scatter(x[~lost], values[~lost], s=14, color=colour, alpha=0.65, linewidth=0, zorder=3)
             axes.scatter(x[lost], values[lost], s=26, facecolor="white", edgecolor=colour, linewidth=1.4, zorder=3)
         axes.set_xticks(range(len(classes)), classes)
         axes.set_ylabel(label or metric)
         axes.grid(axis="x", visible=False)
-        return _bytes(figure, "svg")
+        return to_bytes(figure, "svg")
 
 
 def paired_differences(table: pd.DataFrame, label: str = "Difference in Dice") -> bytes:
@@ -156,12 +156,12 @@ def paired_differences(table: pd.DataFrame, label: str = "Difference in Dice") -
     """
     with mpl.rc_context(STYLE):
         groups = list(table.groupby(["contender", "labels"], sort=False))
-        figure, axes = _canvas("", 1.5 + 0.42 * len(groups))
+        figure, axes = canvas("", 1.5 + 0.42 * len(groups))
         budgets, splits = list(table["labels"].unique()), list(table["split"].unique())
         for place, ((_, budget), rows) in enumerate(groups):
-            colour = _ink_colour(budgets.index(budget))
+            colour = ink_colour(budgets.index(budget))
             for split, pairs in rows.groupby("split", sort=False):
-                y = place + _spread(len(pairs), 0.13)
+                y = place + spread(len(pairs), 0.13)
                 marker = MARKERS[splits.index(split) % len(MARKERS)]
                 axes.scatter(pairs["difference"], y, s=26, marker=marker, color=colour, alpha=0.7, linewidth=0)
             mean = rows["difference"].mean()
@@ -175,10 +175,11 @@ def paired_differences(table: pd.DataFrame, label: str = "Difference in Dice") -
         if len(splits) > 1:
             marks = [_mark(MARKERS[number % len(MARKERS)]) for number in range(len(splits))]
             _legend_below(figure, (marks, [f"Split {split}" for split in splits]))
-        return _bytes(figure, "svg")
+        return to_bytes(figure, "svg")
 
 
-def _canvas(title: str, height: float) -> tuple[Figure, Axes]:
+def canvas(title: str, height: float) -> tuple[Figure, Axes]:
+    """A figure of the usual width with one plot; `height` in inches."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots()
     if title:
@@ -186,7 +187,7 @@ def _canvas(title: str, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _slice(
+def draw_slice(
     axes: Axes,
     image: NDArray[np.generic],
     outline: Labels | None,
@@ -195,6 +196,7 @@ def _slice(
     window: Window,
     aspect: float,
 ) -> None:
+    """The shown part of a slice with masks as outlines and as fill; shapes as for `overlay`."""
     low, high = np.percentile(image.astype(np.float32), (0.5, 99.5))
     axes.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect, interpolation="bilinear")
     for value in (value for value in class_names.values() if value != 0):
@@ -220,12 +222,13 @@ def class_colour(value: int) -> str:
     return COLOURS[(value - 1) % len(COLOURS)]
 
 
-def _ink_colour(number: int) -> str:
+def ink_colour(number: int) -> str:
     """Colours for lines on white: the same set, begun with the dark ones."""
     return ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5b6875")[number % 7]
 
 
-def _class_legend(figure: Figure, class_names: Mapping[str, int], outline: bool, fill: bool) -> None:
+def class_legend(figure: Figure, class_names: Mapping[str, int], outline: bool, fill: bool) -> None:
+    """The colours of the classes below a figure, and what outline and fill are where there are both."""
     handles: list[Patch | Line2D] = [
         Patch(facecolor=class_colour(value), label=name) for name, value in class_names.items() if value != 0
     ]
@@ -248,7 +251,8 @@ def _mark(marker: str) -> Line2D:
     return Line2D([], [], color=QUIET, marker=marker, linestyle="", markersize=5)
 
 
-def _box_style(colour: str) -> dict[str, Any]:
+def box_style(colour: str) -> dict[str, Any]:
+    """The look of a box in one colour, as keywords of matplotlib's `boxplot`."""
     line = {"color": colour, "linewidth": 1.2}
     return {
         "patch_artist": True,
@@ -259,12 +263,12 @@ def _box_style(colour: str) -> dict[str, Any]:
     }
 
 
-def _spread(count: int, width: float) -> NDArray[np.float64]:
+def spread(count: int, width: float) -> NDArray[np.float64]:
     """Offsets that keep points apart, the same each time: the golden ratio's even but patternless sequence."""
     return np.asarray(((np.arange(count) * 0.6180339887 + 0.5) % 1 - 0.5) * 2 * width, dtype=np.float64)
 
 
-def _window(shape: tuple[int, ...], *masks: Labels | None) -> Window:
+def window_around(shape: tuple[int, ...], *masks: Labels | None) -> Window:
     """What of the slice is shown, rows and columns: all masks and as much again around them; without any, all of it."""
     marked = [np.argwhere(mask) for mask in masks if mask is not None and mask.any()]
     if not marked:
@@ -276,13 +280,14 @@ def _window(shape: tuple[int, ...], *masks: Labels | None) -> Window:
     return (int(low[0]), int(high[0])), (int(low[1]), int(high[1]))
 
 
-def _tallness(window: Window, aspect: float) -> float:
+def tallness(window: Window, aspect: float) -> float:
     """Height of the picture over its width; extreme shapes are held to what fits a page."""
     (top, bottom), (left, right) = window
     return float(np.clip((bottom - top) * aspect / (right - left), 0.3, 2.5))
 
 
-def _bytes(figure: Figure, kind: Literal["svg", "png"]) -> bytes:
+def to_bytes(figure: Figure, kind: Literal["svg", "png"]) -> bytes:
+    """The figure as the bytes of a file, which are the same each time."""
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else {"Software": None}

@@ -2,6 +2,7 @@
 
 import base64
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -15,20 +16,41 @@ _NUMBER = re.compile(r"\s*[-+−–±<≤>≥]?\s*(\d|$)")
 _MIME = {"png": "image/png", "svg": "image/svg+xml"}
 
 
+@dataclass(frozen=True)
+class Cell:
+    """Text that stands out or leads somewhere; `below` are lines of small print, those without text left out.
+
+    `href` goes into the page as it is: a relative path must be quoted as a link.
+    """
+
+    text: str
+    href: str = ""
+    strong: bool = False
+    underline: bool = False
+    below: tuple[str, ...] = ()
+
+
 @dataclass
 class Table:
-    """A table of ready-made text; the note below says how to read it."""
+    """A table of ready-made text, where needed as `Cell`; the note below says how to read it."""
 
     caption: str
     header: list[str]
-    rows: list[list[str]]
+    rows: Sequence[Sequence[str | Cell]]
     note: str = ""
+    anchor: str = ""  # the page's links to this table end with it
+
+    @property
+    def cells(self) -> list[list[Cell]]:
+        """The rows with plain text as cells, too."""
+        return [[Cell(cell) if isinstance(cell, str) else cell for cell in row] for row in self.rows]
 
     @property
     def numeric(self) -> list[bool]:
         """Which columns hold numbers, by their first sign (an empty cell fits); these are aligned to the right."""
-        columns = zip(*self.rows, strict=True) if self.rows else [()] * len(self.header)
-        return [any(cell.strip() for cell in column) and all(map(_NUMBER.match, column)) for column in columns]
+        texts = [[cell.text for cell in row] for row in self.cells]
+        columns = zip(*texts, strict=True) if texts else [()] * len(self.header)
+        return [any(text.strip() for text in column) and all(map(_NUMBER.match, column)) for column in columns]
 
 
 @dataclass

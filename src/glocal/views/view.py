@@ -9,6 +9,8 @@ from torch import Tensor
 from glocal.views.intensity import Intensity, IntensityOptions, draw_intensity
 from glocal.views.spatial import Spatial, SpatialOptions, draw_spatial
 
+VERSION = 1  # raised by hand when the same draw gives another view (see `runs.identity`)
+
 
 class ViewOptions(BaseModel):
     """What a view may change; every default leaves the images as they are."""

@@ -1,0 +1,94 @@
+"""How long the trainings of an experiment will take, from a few measured steps of each kind of them."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
+from typing import Any
+
+from glocal.experiments.executors import Executors, Work
+from glocal.experiments.jobs import Job, do
+from glocal.files import read_json, write_json
+
+FEW, MORE = 2, 22  # iterations of the two short trainings whose difference is measured
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Trainings that cost the same: what they are called, how many, their iterations, seconds a training."""
+
+    name: str
+    jobs: tuple[Job, ...]
+    step: float
+    fixed: float  # loading, predicting and measuring
+
+    @property
+    def open_jobs(self) -> list[Job]:
+        """Those that are not done yet."""
+        return [job for job in self.jobs if not job.done()]
+
+    @property
+    def seconds(self) -> float:
+        """All that is left to do, one after the other."""
+        return sum(self.fixed + self.step * job.iterations for job in self.open_jobs)
+
+
+def estimate(jobs: Sequence[Job], executor: Executors, out: Path) -> list[Kind]:
+    """Measure one training of each kind for a few iterations, several kinds at the same time as later the trainings.
+
+    Args:
+        jobs: of the experiment.
+        executor: where they will run.
+        out: a folder that the workers see, too.
+
+    Raises:
+        GlocalError: what a training refuses; so this is said before hours are spent.
+    """
+    kinds: dict[str, list[Job]] = {}
+    for job in jobs:
+        kinds.setdefault(_kind(job), []).append(job)
+    out.mkdir(parents=True, exist_ok=True)
+    folder = Path(mkdtemp(prefix=".measuring-", dir=out))
+    try:
+        open_kinds = {kind: found for kind, found in kinds.items() if not all(job.done() for job in found)}
+        probes = {kind: _probe(found[0], folder / str(n)) for n, (kind, found) in enumerate(open_kinds.items())}
+        do(list(probes.values()), "Measuring a step", executor)
+        times = {kind: read_json(probe.folder / "manifest.json") for kind, probe in probes.items()}
+    finally:
+        rmtree(folder, ignore_errors=True)
+    nothing = {"step": 0.0, "fixed": 0.0}
+    return [Kind(_name(found[0]), tuple(found), **times.get(kind, nothing)) for kind, found in kinds.items()]
+
+
+def _kind(job: Job) -> str:
+    """What a training's time depends on, and nothing else."""
+    settings = {
+        k: v for k, v in job.arguments["settings"].items() if k not in ("labels", "draw", "seed", "max_iterations")
+    }
+    return json.dumps([job.folder.parent.name, str(job.arguments["store"]), settings], sort_keys=True, default=str)
+
+
+def _name(job: Job) -> str:
+    settings = job.arguments["settings"]
+    name = settings.get("method") or settings.get("strategy", "supervised")
+    return f"{'fine-tuning' if job.folder.parent.name == 'finetune' else 'pre-training'}, {name}"
+
+
+def _probe(job: Job, folder: Path) -> Job:
+    arguments = {key: value for key, value in job.arguments.items() if key not in ("run", "pretrained")}
+    return Job(measure, {"work": job.work, "folder": folder, **arguments}, folder, MORE)
+
+
+def measure(work: Work, folder: Path, settings: dict[str, Any], **arguments: Any) -> None:
+    """Time two short trainings, after one that is not timed, and write seconds per iteration (`step`) and beside them (`fixed`)."""
+    seconds = []
+    for run, iterations in (("warm", FEW), ("few", FEW), ("more", MORE)):  # the first pays for imports and for files
+        started = time.monotonic()
+        work(run=folder / run, settings=settings | {"max_iterations": iterations}, **arguments)
+        seconds.append(time.monotonic() - started)
+    stages = max(1, len(list((folder / "more").glob("stage-*"))))
+    step = max(0.0, (seconds[2] - seconds[1]) / (MORE - FEW) / stages)
+    write_json(folder / "manifest.json", {"step": step, "fixed": max(0.0, seconds[1] - FEW * stages * step)})

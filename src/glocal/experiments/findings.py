@@ -1,0 +1,188 @@
+"""What an experiment has found: the tables its recipe describes, and the figures that go with them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from glocal.data.dataset import read_dataset
+from glocal.data.store import Store
+from glocal.evaluation.metrics import DISTANCES
+from glocal.evaluation.significance import (
+    critical_difference,
+    order_agreement,
+    rank_stability,
+    summarise,
+    unit_sentence,
+)
+from glocal.experiments.design import Experiment
+from glocal.experiments.layout import METRIC_NAMES, TableOptions, lay_out
+from glocal.experiments.plan import Training
+from glocal.experiments.results import values_of
+from glocal.experiments.sections import shown_slice
+from glocal.reporting import comparisons
+from glocal.reporting.comparisons import PictureRow
+from glocal.reporting.html import Picture
+from glocal.reporting.typeset import Layout
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A table of the experiment: its values (one row per training and subject), their summary, the table laid out."""
+
+    name: str
+    options: TableOptions
+    values: pd.DataFrame
+    summary: pd.DataFrame
+    layout: Layout
+
+    @property
+    def label(self) -> str:
+        """What its values are, for an axis of a figure."""
+        of = "" if self.options.structure == "mean" else f", {self.options.structure}"
+        return f"{METRIC_NAMES[self.options.metric]}{of}"
+
+    @property
+    def higher_is_better(self) -> bool:
+        """False for distances."""
+        return self.options.metric not in DISTANCES
+
+
+def findings(design: Experiment, results: pd.DataFrame) -> list[Finding]:
+    """Every table of an experiment.
+
+    Raises:
+        GlocalError: a table asks for what was not measured.
+    """
+    axes = design.axes
+    found = []
+    for name, options in design.tables.items():
+        values = values_of(results, list(axes), options)
+        higher = options.metric not in DISTANCES
+        summary = summarise(values, list(axes), design.baseline, design.options.statistics, higher)
+        validation = values.groupby(list(axes), sort=False)["validation"].max().reset_index()
+        summary = summary.merge(validation, on=list(axes), how="left")
+        layout = lay_out(summary, options, design.options.names, caption(design, summary), axes)
+        method = [design.method_name(place) for place in summary[list(axes)].to_dict("records")]
+        values = values.merge(summary[list(axes)].assign(method=method), on=list(axes), how="left")
+        found.append(Finding(name, options, values, summary.assign(method=method), layout))
+    return found
+
+
+def caption(design: Experiment, summary: pd.DataFrame) -> str:
+    """What the numbers of a table are, in words: protocol, pairing, unit of analysis."""
+    protocol = design.variants[0].recipe.protocol
+    judged = (
+        "development subjects (for choosing, not for reporting)"
+        if protocol.evaluate == "development"
+        else "test subjects"
+    )
+    pretrained = (
+        "images of test subjects were part of the pre-training (transductive)"
+        if protocol.transductive
+        else ("no test subject was part of any training (inductive)")
+    )
+    baseline = ", ".join(design.options.names.get(option, option) for option in design.baseline.values())
+    counts = f"{summary['trainings'].max()} trainings a cell: {_counts(summary)}"
+    return (
+        f"Means over {judged}, measured in volumes of native resolution; {counts}; {pretrained}. Differences are "
+        f"paired with {baseline}: same split, draw and subject. Budgets count labelled {protocol.budget}. "
+        f"{unit_sentence(design.options.statistics, summary)}"
+    )
+
+
+def _counts(summary: pd.DataFrame) -> str:
+    splits, draws = int(summary["splits"].max()), int(summary["draws"].max())
+    return f"{splits} split{'s' * (splits != 1)} x {draws} draw{'s' * (draws != 1)}"
+
+
+def figures_of(design: Experiment, finding: Finding) -> Iterator[Picture]:
+    """Curves over budgets, paired differences, and for each budget ranks; what has too little to show is left out."""
+    of_budget = dict(iter(finding.values.groupby("labels", sort=False)))
+    if len(of_budget) > 1:
+        curves = comparisons.budget_curves(finding.summary, finding.label)
+        yield Picture(f"{finding.label} by budget, with intervals over subjects and draws", curves, "svg", wide=True)
+    if finding.summary["difference"].notna().any():
+        side = "right is better" if finding.higher_is_better else "left is better"
+        baseline = design.method_name(
+            {**{axis: options[0] for axis, options in design.axes.items()}, **design.baseline}
+        )
+        forest = comparisons.forest(finding.summary, f"{finding.label}, difference to {baseline} ({side})")
+        yield Picture(
+            f"Paired differences to {baseline}, with intervals over subjects and draws", forest, "svg", wide=True
+        )
+
+
+def ranks_of(design: Experiment, finding: Finding) -> Iterator[tuple[str, pd.DataFrame, float, Picture | None]]:
+    """For every budget: how sure the order of the methods is, how alike draws order them, and the diagram of ranks."""
+    statistics = design.options.statistics
+    for budget, values in finding.values.groupby("labels", sort=False):
+        methods = list(values["method"].unique())
+        if len(methods) < 2:
+            continue
+        ranks = rank_stability(values, methods, statistics, finding.higher_is_better)
+        picture = None
+        if len(methods) > 2 and values["subject"].nunique() > 1:
+            found = critical_difference(values, statistics.level, finding.higher_is_better)
+            text = (
+                f"Mean ranks over {found.units} subjects, {budget} labelled: methods under one bar do not differ by "
+                f"more than the critical difference (Nemenyi); Friedman p = {found.friedman_p:.2g}"
+            )
+            picture = Picture(
+                text, comparisons.critical_difference_diagram(found.ranks, found.difference), "svg", wide=True
+            )
+        yield str(budget), ranks, order_agreement(values), picture
+
+
+def boxes_of(design: Experiment, results: pd.DataFrame) -> Iterator[Picture]:
+    """For every budget the Dice of every class and method, one point per subject."""
+    axes = list(design.axes)
+    chosen = results[results["checkpoint"] == "last"]
+    keys = [*axes, "class", "subject"]
+    values = chosen.groupby(keys, sort=False)["dice"].mean().rename("value").reset_index()
+    values["method"] = [design.method_name(place) for place in values[axes].to_dict("records")]
+    for budget, of_budget in values.groupby("labels", sort=False):
+        boxes = comparisons.class_boxes_by_method(of_budget, "Dice")
+        yield Picture(
+            f"{budget} labelled: Dice by structure, each point a subject (mean over its trainings)",
+            boxes,
+            "svg",
+            wide=True,
+        )
+
+
+def pictures_of(
+    design: Experiment, trainings: Sequence[Training], results: pd.DataFrame, stores: Mapping[Path, Store]
+) -> Iterator[Picture]:
+    """For every budget the worst, the median and the best test case, expert and all methods side by side.
+
+    Cases are picked by their mean Dice over all methods, in the first split and draw.
+
+    Raises:
+        GlocalError: the raw dataset is no longer where the stores were made from.
+    """
+    first = [t for t in trainings if t.split.index == 0 and t.draw == 0 and t.job.done()]
+    for budget in dict.fromkeys(training.variant.axes["labels"] for training in first):
+        chosen = {design.method_name(t.variant.axes): t for t in first if t.variant.axes["labels"] == budget}
+        folders = {str(training.job.folder): name for name, training in chosen.items()}
+        rows = results[results["run"].isin(folders) & (results["checkpoint"] == "last")]
+        if rows.empty:
+            continue
+        rows = rows.assign(method=rows["run"].map(folders))
+        order = rows.groupby("case")["dice"].mean().sort_values()
+        picks = dict.fromkeys(order.index[[0, (len(order) - 1) // 2, len(order) - 1]])
+        miou = rows.groupby(["case", "method"])["iou"].mean()
+        store = stores[next(iter(chosen.values())).job.arguments["store"]]
+        drawn = [_row(store, str(case), chosen, miou[case].to_dict()) for case in picks]
+        grid = comparisons.picture_grid(drawn, list(chosen), store.labels)
+        text = f"{budget} labelled, first draw: worst, median and best case, with the mean IoU of the whole volume"
+        yield Picture(text, grid, "png", wide=True)
+
+
+def _row(store: Store, case: str, trainings: Mapping[str, Training], miou: dict[str, float]) -> PictureRow:
+    folders = [training.job.folder / "predictions" for training in trainings.values()]
+    shown = shown_slice(store, read_dataset(store.dataset), folders, case)
+    assert shown.truth is not None  # it was measured
+    masks = dict(zip(trainings, shown.masks, strict=True))
+    return PictureRow(shown.title, shown.image, shown.truth, masks, miou, shown.aspect)

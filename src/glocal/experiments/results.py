@@ -1,0 +1,62 @@
+"""What the trainings of an experiment have measured, as tidy frames."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from glocal.errors import GlocalError
+from glocal.experiments.layout import TableOptions
+from glocal.experiments.plan import Training
+from glocal.files import read_json
+
+PLACE = ("split", "draw", "checkpoint", "subject", "case")
+
+
+def collect(trainings: Sequence[Training]) -> pd.DataFrame:
+    """Every measured row of the finished trainings.
+
+    Returns:
+        The axes, split, draw, validation (how many volumes), run (its folder) and the columns of `evaluate`; empty
+        where nothing was measured.
+    """
+    frames = []
+    for training in trainings:
+        path = training.job.folder / "evaluation.csv"
+        if not training.job.done() or not path.exists():
+            continue
+        validation = len(read_json(training.job.folder / "split.json")["draw"]["validation"])
+        facts = {**training.place, "validation": validation, "run": str(training.job.folder)}
+        frames.append(pd.read_csv(path, dtype={"subject": str, "case": str, "class": str}).assign(**facts))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def values_of(results: pd.DataFrame, axes: Sequence[str], table: TableOptions) -> pd.DataFrame:
+    """The values that a table is made of: one row per training and subject.
+
+    Args:
+        results: of `collect`.
+        axes: names of the axes.
+        table: says which metric, structure and checkpoint.
+
+    Returns:
+        The axes, split, draw, subject, validation and value: the mean over classes per case, then over a subject's
+        cases.
+
+    Raises:
+        GlocalError: there is no such structure, or nothing was measured in this way.
+    """
+    classes = list(results["class"].unique())
+    if table.structure not in ("mean", *classes):
+        raise GlocalError(f"A table names the structure {table.structure!r}: choose mean or {', '.join(classes)}.")
+    chosen = results[results["checkpoint"] == table.checkpoint]
+    if table.structure != "mean":
+        chosen = chosen[chosen["class"] == table.structure]
+    keys = [*axes, "split", "draw", "validation", "subject"]
+    per_case = chosen.groupby([*keys, "case"], sort=False)[table.metric].mean()
+    values = per_case.groupby(keys, sort=False).mean().rename("value").reset_index()
+    if values["value"].isna().all():
+        raise GlocalError(
+            f"A table shows {table.metric} of the {table.checkpoint} checkpoint, which no training has measured: the "
+            "best checkpoint needs finetune.validation, and distances need a spacing that is known."
+        )
+    return values

@@ -1,0 +1,127 @@
+"""Tuning as a part of an experiment: equally many trials for every method, judged on development subjects only."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from glocal.data.split import shuffled
+from glocal.data.store import Store
+from glocal.errors import GlocalError
+from glocal.experiments.grid import TuneOptions, Variant, option_name
+from glocal.experiments.layout import TableOptions
+from glocal.experiments.plan import Training, plan
+from glocal.experiments.results import collect, values_of
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Settings (dotted keys) that are tried for one method; number 0 are the recipe's own."""
+
+    method: tuple[str, ...]
+    number: int
+    settings: Settings
+    variant: Variant
+
+
+def trials_of(variants: Sequence[Variant], options: TuneOptions) -> list[Trial]:
+    """Equally many trials for every method: the recipe's own settings, and others drawn by the recipe's seed.
+
+    Raises:
+        GlocalError: a method has fewer settings to try, or a key or value does not fit.
+    """
+    found = []
+    for method, variant in {tuple(v.method.values()): v for v in reversed(variants)}.items():
+        keys = _keys_of(variant, options.keys)
+        grid = [dict(zip(keys, chosen, strict=True)) for chosen in product(*keys.values())]
+        if len(grid) < options.trials - 1:
+            raise GlocalError(
+                f"experiment.tune.trials={options.trials}, but {' + '.join(method)} has only {len(grid)} settings to "
+                "try beside its own: lower trials, or give more values, so that every method is tuned as long."
+            )
+        order = shuffled(map(str, range(len(grid))), variant.recipe.seed, "tune", *method)
+        for number, settings in enumerate([{}, *(grid[int(k)] for k in order[: options.trials - 1])]):
+            shown = {axis: option for axis, option in variant.axes.items() if axis != "labels"}
+            places = {**shown, "labels": option_name(options.labels), "trial": str(number)}
+            short = {"finetune.labels": options.labels, "protocol.evaluate": "development"}
+            tried = variant.given(settings).given({**short, "protocol.draws": options.draws})
+            found.append(Trial(method, number, settings, Variant(places, tried.settings)))
+    return sorted(found, key=lambda trial: trial.number)
+
+
+def _keys_of(variant: Variant, keys: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+    """The keys that concern a method: those of pre-training as its contender's own, none of these for `random`."""
+    contender = variant.contender.partition("@")[0]
+    concerned: dict[str, Sequence[Any]] = {}
+    for key, values in keys.items():
+        part, _, below = key.partition(".")
+        if part != "pretrain":
+            concerned[key] = values
+        elif below.partition(".")[0] in variant.recipe.pretrain:
+            concerned |= {key: values} if below.partition(".")[0] == contender else {}
+        elif contender != "random":
+            concerned[f"pretrain.{contender}.{below}"] = values
+    return concerned
+
+
+def tuning_trainings(trials: Sequence[Trial], stores: Mapping[Path, Store], out: Path) -> list[Training]:
+    """The trainings of the trials, on split 0.
+
+    Raises:
+        GlocalError: it has no development subjects.
+    """
+    trainings = [t for t in plan([trial.variant for trial in trials], stores, out) if t.split.index == 0]
+    if any(not training.split.development for training in trainings):
+        raise GlocalError(
+            "experiment.tune chooses on development subjects, and the dataset names none: list some of its labelled "
+            "cases as `development` in its split.json."
+        )
+    return trainings
+
+
+def judged(trials: Sequence[Trial], trainings: Sequence[Training]) -> pd.DataFrame:
+    """Mean Dice of every trial on the development subjects, and which was chosen of each method (the best, the earlier
+    of equals).
+
+    Returns:
+        Columns method, trial, settings, dice (NaN for a trial that failed), chosen.
+
+    Raises:
+        GlocalError: every trial of a method has failed.
+    """
+    results = collect(trainings)
+    axes = list(trials[0].variant.axes)
+    dice = {}
+    if not results.empty:
+        values = values_of(results, axes, TableOptions())
+        per_training = values.groupby([*axes, "split", "draw"], sort=False)["value"].mean()
+        dice = per_training.groupby(axes, sort=False).mean().to_dict()
+    rows = [
+        {
+            "method": " + ".join(trial.method),
+            "trial": trial.number,
+            "settings": ", ".join(f"{key}={option_name(value)}" for key, value in trial.settings.items())
+            or "as in the recipe",
+            "dice": dice.get(tuple(trial.variant.axes.values()), float("nan")),
+        }
+        for trial in trials
+    ]
+    frame = pd.DataFrame(rows)
+    for method, of_method in frame.groupby("method"):
+        if of_method["dice"].isna().all():
+            raise GlocalError(f"Every tuning trial of {method} has failed: see failure.txt in the folders named above.")
+    best = frame.groupby("method")["dice"].idxmax()
+    return frame.assign(chosen=frame.index.isin(best))
+
+
+def tuned(variants: Sequence[Variant], trials: Sequence[Trial], judgement: pd.DataFrame) -> list[Variant]:
+    """The variants with the settings that were chosen for their method."""
+    chosen = {
+        trial.method: trial.settings for trial, is_chosen in zip(trials, judgement["chosen"], strict=True) if is_chosen
+    }
+    return [variant.given(chosen[tuple(variant.method.values())]) for variant in variants]

@@ -1,0 +1,86 @@
+"""Jobs that train nothing, for tests of what runs jobs: worker processes import them from here."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from glocal.errors import Busy, GlocalError
+from glocal.files import write_json
+
+
+def train(run: Path, diary: Path | None = None) -> None:
+    """Leave a manifest, as a finished run does, and a line in a diary that all jobs share."""
+    if diary is not None:
+        with open(diary, "a", encoding="utf-8") as file:
+            file.write(f"{run.name}\n")
+    write_json(run / "manifest.json", {"process": os.getpid()})
+
+
+def refuse(run: Path) -> None:
+    raise GlocalError(f"{run.name} has no labels: label some.")
+
+
+class UnsendableError(Exception):
+    """Its arguments are not those of `Exception`, so that unpickling it fails."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(one + two)
+
+
+def stumble(run: Path) -> None:
+    raise UnsendableError("no\nway", run.name)
+
+
+def be_killed(run: Path, times: int) -> None:
+    """Kill this process the first `times` times, then train."""
+    before = len(list(run.glob("killed-*")))
+    if before < times:
+        write_json(run / f"killed-{before}.json", {})
+        os.kill(os.getpid(), signal.SIGKILL)
+    train(run)
+
+
+def kill_neighbour(run: Path, other: Path) -> None:
+    """Kill this process, and so its pool, whenever the other job has begun once more; `fall_victim` is the other."""
+    before = len(list(run.glob("killed-*")))
+    end = time.monotonic() + 60
+    while len(list(other.glob("begun-*"))) <= before and time.monotonic() < end:
+        time.sleep(0.02)
+    be_killed(run, before + 1)
+
+
+def fall_victim(run: Path) -> None:
+    """Train slowly: the first two times there is time enough to be killed by a neighbour."""
+    before = len(list(run.glob("begun-*")))
+    write_json(run / f"begun-{before}.json", {})
+    time.sleep(120 if before < 2 else 1)
+    train(run)
+
+
+def find_busy(run: Path, times: int) -> None:
+    """Find another process at work the first `times` times, then train."""
+    before = len(list(run.glob("busy-*")))
+    if before < times:
+        write_json(run / f"busy-{before}.json", {})
+        raise Busy(f"Another process is working in {run}.")
+    train(run)
+
+
+def wait_for(run: Path, other: Path) -> None:
+    """Train when another job is done: both must run at the same time."""
+    end = time.monotonic() + 60
+    while not (other / "manifest.json").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    train(run)
+
+
+def tell_threads(run: Path) -> None:
+    import torch
+
+    write_json(run / "manifest.json", {"torch": torch.get_num_threads(), "openmp": os.environ.get("OMP_NUM_THREADS")})
+
+
+def sleep(run: Path) -> None:
+    write_json(run / "process.json", os.getpid())
+    time.sleep(300)
