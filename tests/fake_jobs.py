@@ -41,23 +41,6 @@ def be_killed(run: Path, times: int) -> None:
     train(run)
 
 
-def kill_neighbour(run: Path, other: Path) -> None:
-    """Kill this process, and so its pool, whenever the other job has begun once more; `fall_victim` is the other."""
-    before = len(list(run.glob("killed-*")))
-    end = time.monotonic() + 60
-    while len(list(other.glob("begun-*"))) <= before and time.monotonic() < end:
-        time.sleep(0.02)
-    be_killed(run, before + 1)
-
-
-def fall_victim(run: Path) -> None:
-    """Train slowly: the first two times there is time enough to be killed by a neighbour."""
-    before = len(list(run.glob("begun-*")))
-    write_json(run / f"begun-{before}.json", {})
-    time.sleep(120 if before < 2 else 1)
-    train(run)
-
-
 def find_busy(run: Path, times: int) -> None:
     """Find another process at work the first `times` times, then train."""
     before = len(list(run.glob("busy-*")))
@@ -67,12 +50,12 @@ def find_busy(run: Path, times: int) -> None:
     train(run)
 
 
-def wait_for(run: Path, other: Path) -> None:
-    """Train when another job is done: both must run at the same time."""
+def wait_for(run: Path, file: Path, diary: Path | None = None) -> None:
+    """Train when there is a file, of a job that must run at the same time."""
     end = time.monotonic() + 60
-    while not (other / "manifest.json").exists() and time.monotonic() < end:
+    while not file.exists() and time.monotonic() < end:
         time.sleep(0.02)
-    train(run)
+    train(run, diary)
 
 
 def tell_threads(run: Path) -> None:

@@ -173,7 +173,7 @@ def test_a_value_that_may_be_of_several_kinds_is_said_once_by_its_own_name(word:
     found = sentence([word])
     assert found.startswith("finetune.labels")
     assert found.count("finetune") == 1
-    assert "does not fit: it must be a whole number or a list" in found
+    assert "does not fit: it must be a whole number or 'all' or a list" in found
     assert not any(name in found for name in ("tuple", "int", "str", "Input"))
 
 

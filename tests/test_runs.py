@@ -1,5 +1,6 @@
 """A run folder knows the settings it was begun with, continues with these and no others, and says when it is done."""
 
+import re
 import subprocess
 import sys
 import time
@@ -111,6 +112,36 @@ def test_no_run_is_said(tmp_path: Path) -> None:
 def test_nested_settings_become_one_level() -> None:
     nested = {"a": {"b": {"c": 1}, "d": [2, {"e": 3}]}, "f": {}, "g": None}
     assert runs.flatten(nested) == {"a.b.c": 1, "a.d": [2, {"e": 3}], "g": None}
+
+
+def test_equal_settings_have_one_identity_whatever_their_order_and_kind_of_list() -> None:
+    first = runs.identity(SETTINGS)
+    assert first == runs.identity({**dict(reversed(SETTINGS.items())), "network": {"widths": [8, 16]}})
+    assert re.fullmatch("[0-9a-f]{12}", first)
+
+
+def test_where_and_how_fast_a_run_computes_is_no_part_of_its_identity() -> None:
+    nested = {**SETTINGS, "options": {"batch": 3}}
+    free = {"device": "cuda:1", "log": []}
+    assert runs.identity(nested) == runs.identity({**nested, **free, "options": {"batch": 3, **free}})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"seed": "0"},
+        {"learning_rate": 1.0000001e-5},
+        {"network": {"widths": [16, 8]}},
+        {"network": {}},
+        {"network": None},
+        {"more": {}},  # settings of which all are at their defaults, where a whole part is not
+        {"more": None},
+        {"logs": []},
+    ],
+)
+def test_every_other_difference_is_another_identity(changes: dict[str, Any]) -> None:
+    assert runs.identity({**SETTINGS, **changes}) != runs.identity(SETTINGS)
 
 
 def test_a_folder_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:

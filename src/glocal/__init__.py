@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from glocal.data.preprocess import preprocess
     from glocal.evaluation.evaluate import evaluate
     from glocal.experiments.demo import demo
+    from glocal.experiments.experiment import experiment
     from glocal.experiments.methods import methods
     from glocal.experiments.recipe import recipe_names as recipes
     from glocal.experiments.report import report
@@ -28,6 +29,7 @@ __all__ = [
     "collect",
     "demo",
     "evaluate",
+    "experiment",
     "finetune",
     "methods",
     "phantom",
@@ -44,6 +46,7 @@ _WHERE = {
     "collect": "glocal.data.collect:collect",
     "demo": "glocal.experiments.demo:demo",
     "evaluate": "glocal.evaluation.evaluate:evaluate",
+    "experiment": "glocal.experiments.experiment:experiment",
     "finetune": "glocal.finetuning.finetune:finetune",
     "methods": "glocal.experiments.methods:methods",
     "phantom": "glocal.data.phantom:phantom",

@@ -21,6 +21,7 @@ from glocal.files import read_json, write_json, write_text
 
 # These say where and how fast a run computes, not what: it may continue elsewhere.
 _FREE_KEYS = {"device", "log"}
+FAILURE = "failure.txt"  # in the folder of a run that failed: why
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -48,7 +49,8 @@ def begin(folder: Path, kind: str, settings: dict[str, Any]) -> None:
     if recipe.exists():
         _refuse_difference(folder, settings_of(folder), settings)
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    # Beside the hidden files of a process that begins the same run right now, and why it could not begin before.
+    if folder.is_dir() and any(not (path.name.startswith(".") or path.name == FAILURE) for path in folder.iterdir()):
         raise GlocalError(f"{folder} is not empty and holds no run: choose another folder.")
     if folder.exists() and not folder.is_dir():
         raise GlocalError(f"{folder} is a file: choose a folder for the run.")
@@ -72,8 +74,12 @@ def identity(settings: dict[str, Any]) -> str:
     when results change: a refactoring leaves hours of results valid, a changed loss does not. Where and how fast a run
     computes (`device`, `log`) is no part of it.
     """
-    plain = {key: value for key, value in flatten(settings).items() if key.rsplit(".", 1)[-1] not in _FREE_KEYS}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(_binding(settings), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _binding(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without the free keys. An empty part stays: it says something else than one that is not there."""
+    return {k: _binding(v) if isinstance(v, dict) else v for k, v in settings.items() if k not in _FREE_KEYS}
 
 
 @contextmanager

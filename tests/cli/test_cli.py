@@ -92,7 +92,7 @@ def test_a_mistake_is_one_line_and_exit_code_2_as_a_module_too() -> None:
         (["run", "acdc-small", "data=x", "out=y", "sede=1"], "sede is not a setting: did you mean 'seed'?"),
         (
             ["run", "acdc-small", "data=x", "out=y", "finetune.labels=abc"],
-            "finetune.labels=abc does not fit: it must be a whole number or a list in brackets.",
+            "finetune.labels=abc does not fit: it must be a whole number or 'all' or a list in brackets.",
         ),
         (
             ["pretrain", "STORE", "RUN", "--method", "plc"],

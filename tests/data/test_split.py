@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +21,7 @@ from glocal.data.split import (
     read_split,
     refuse_leakage,
     shuffled,
+    split_count,
     write_split,
 )
 from glocal.errors import GlocalError
@@ -166,6 +169,91 @@ def test_leaving_one_out_tests_on_each_labelled_subject_once() -> None:
         make_split(people(5, unlabelled=4), None, options, 0)
 
 
+@st.composite
+def groups(draw: st.DrawFn, smallest: int = 3) -> list[Person]:
+    """Subjects with one to three cases, each with or without labels."""
+    labelled = draw(st.lists(st.lists(st.booleans(), min_size=1, max_size=3), min_size=smallest, max_size=14))
+    return [
+        Person(f"s{k:02}{'abc'[c]}", f"s{k:02}", has) for k, cases in enumerate(labelled) for c, has in enumerate(cases)
+    ]
+
+
+def with_labels(members: list[Person]) -> set[str]:
+    return {member.subject for member in members if member.labelled}
+
+
+@settings(max_examples=60, deadline=None)
+@given(members=groups(), folds=st.integers(2, 5), seed=st.integers(0, 2**40), data=st.data())
+def test_each_labelled_subject_is_tested_in_one_fold(
+    members: list[Person], folds: int, seed: int, data: st.DataObject
+) -> None:
+    # What split.json tests on is in a fold like all others; whom it chooses on is in none.
+    lists = given_split(members, data.draw(st.integers(0, 2)), data.draw(st.integers(0, 2)))
+    kept = subjects(members, lists["development"])
+    candidates, options = with_labels(members) - kept, ProtocolOptions(folds=folds)
+    assert split_count(members, options) == folds
+    if len(candidates) < folds:
+        with pytest.raises(GlocalError, match=rf"protocol\.folds={folds} asks for more folds than the"):
+            make_split(members, lists, options, seed)
+        return
+    splits = [make_split(members, lists, options, seed, index) for index in range(folds)]
+    tested = [subjects(members, split.test) for split in splits]
+    assert set.union(*tested) == candidates
+    assert sum(map(len, tested)) == len(candidates)  # so that no two folds meet
+    assert max(map(len, tested)) - min(map(len, tested)) <= 1
+    for index, split in enumerate(splits):
+        parts = [subjects(members, part) for part in (split.pretrain, split.development, split.test)]
+        assert split.index == index
+        assert parts[1] == kept
+        assert not any(one & other for one, other in combinations(parts, 2))
+        assert sorted(split.pretrain + split.development + split.test) == sorted(m.case for m in members)
+    assert splits == [make_split(members[::-1], lists, options, seed, index) for index in range(folds)]
+
+
+def test_folds_without_split_json_and_by_seed() -> None:
+    members, options = people(12, unlabelled=2), ProtocolOptions(folds=5)
+    splits = [make_split(members, None, options, 0, index) for index in range(5)]
+    assert [len(subjects(members, split.test)) for split in splits] == [2] * 5
+    assert all(split.development == () for split in splits)
+    assert make_split(members, None, options, 1).test != splits[0].test
+    lists = given_split(members, development=1, test=2)
+    lists["pretrain"] = lists["pretrain"][:-8]  # two unlabelled and two labelled subjects that split.json leaves out
+    assert sum(len(make_split(members, lists, options, 0, index).test) for index in range(5)) == 2 * 7
+
+
+def test_too_many_folds_are_refused_with_the_number_of_subjects() -> None:
+    members = people(6, unlabelled=1)
+    with pytest.raises(GlocalError) as raised:
+        make_split(members, given_split(members, development=1, test=0), ProtocolOptions(folds=5), 0)
+    assert str(raised.value) == (
+        "protocol.folds=5 asks for more folds than the 4 labelled subjects that are not for development: lower it."
+    )
+
+
+def test_there_are_as_many_splits_as_are_asked_for() -> None:
+    members = people(5, unlabelled=2)
+    assert split_count(members, OPTIONS) == 1
+    assert split_count(members, ProtocolOptions(splits=4)) == 4
+    assert split_count(members, ProtocolOptions(folds=3)) == 3
+    assert split_count(members, ProtocolOptions(leave_one_out=True)) == 3
+    assert split_count(people(2, unlabelled=2), ProtocolOptions(leave_one_out=True)) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings_", "names"),
+    [
+        ({"splits": 2, "folds": 3}, "protocol.splits and protocol.folds"),
+        ({"folds": 3, "leave_one_out": True}, "protocol.folds and protocol.leave_one_out"),
+        ({"splits": 2, "leave_one_out": True}, "protocol.splits and protocol.leave_one_out"),
+    ],
+)
+def test_subjects_are_split_in_one_way(settings_: dict[str, Any], names: str) -> None:
+    with pytest.raises(GlocalError) as raised:
+        ProtocolOptions(**settings_)
+    assert str(raised.value) == f"{names} each say how subjects are split: choose one of them."
+    assert ProtocolOptions(splits=1, folds=2).folds == 2
+
+
 MEMBERS = people(12, unlabelled=2)
 SPLIT = make_split(MEMBERS, given_split(MEMBERS, development=1, test=2), OPTIONS, 0)  # 7 labelled subjects, 14 cases
 
@@ -208,6 +296,87 @@ def test_too_many_labels_are_refused_with_the_number_there_is() -> None:
     for labels in (0, -1):
         with pytest.raises(GlocalError, match=f"labels={labels} leaves nothing to train on"):
             draw_labels(MEMBERS, SPLIT, labels, 0, seed=0)
+
+
+Unit = Literal["volumes", "subjects"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(members=groups(1), validation=st.integers(0, 3), unit=st.sampled_from(["volumes", "subjects"]), data=st.data())
+def test_draws_of_subjects_with_one_to_three_cases(
+    members: list[Person], validation: int, unit: Unit, data: st.DataObject
+) -> None:
+    """Of every budget that can be had, `all` included: nested, apart by subject, validated on the same volumes."""
+    split = make_split(members, given_split(members, data.draw(st.integers(0, 2)), 1), OPTIONS, 0)
+    open_ = {member.case for member in members if member.labelled} & set(split.pretrain)
+    budgets: list[Any] = [*range(1, len(open_) + 1), "all"]
+    draws: dict[Any, Draw] = {}
+    for labels in budgets:
+        with suppress(GlocalError):
+            draws[labels] = draw_labels(members, split, labels, validation, 0, 1, unit)
+    # The last subjects of the order are for validation, as few as suffice; what is before them can be trained on.
+    order = shuffled(with_labels([m for m in members if m.case in open_]), 0, "draw", 0, 1)
+    cases = [sum(m.subject == subject and m.case in open_ for m in members) for subject in order]
+    sizes = cases if unit == "volumes" else [1] * len(order)
+    starts = [k for k in range(len(sizes) + 1) if sum(sizes[k:]) >= validation]
+    possible = sum(sizes[: max(starts)]) if starts else 0
+    assert [labels for labels in draws if labels != "all"] == list(range(1, possible + 1))
+    assert ("all" in draws) == (possible > 0)
+
+    for labels, draw in draws.items():
+        assert set(draw.train + draw.validation) <= open_
+        assert len(set(draw.train + draw.validation)) == len(draw.train) + len(draw.validation)
+        assert not subjects(members, draw.train) & subjects(members, draw.validation)
+        if unit == "subjects":
+            whole = {m.case for m in members if m.subject in subjects(members, draw.train)} & open_
+            assert set(draw.train) == whole
+            assert len(subjects(members, draw.validation)) == validation
+        else:
+            assert len(draw.validation) == validation
+        if labels != "all":
+            assert len(draw.train if unit == "volumes" else subjects(members, draw.train)) == labels
+    for smaller, larger in pairwise(draws.values()):
+        assert larger.train[: len(smaller.train)] == smaller.train
+    assert len({draw.validation for draw in draws.values()}) <= 1
+    if "all" in draws:
+        closed = subjects(members, draws["all"].validation)
+        assert set(draws["all"].train) == {m.case for m in members if m.case in open_ and m.subject not in closed}
+
+
+def test_draws_of_subjects_and_of_all_hang_on_seed_split_and_number_alone() -> None:
+    for labels, unit in ((3, "subjects"), ("all", "volumes"), ("all", "subjects")):
+        first = draw_labels(MEMBERS, SPLIT, labels, 2, 0, 1, unit)
+        assert first == draw_labels(MEMBERS[::-1], SPLIT, labels, 2, 0, 1, unit)
+        others = [draw_labels(MEMBERS, SPLIT, labels, 2, *key, unit) for key in ((1, 1), (0, 2), (0, 3))]
+        assert len({draw.validation for draw in (first, *others)}) > 1
+    everyone = [draw_labels(MEMBERS, SPLIT, "all", 0, 0, index) for index in range(3)]
+    assert len({frozenset(draw.train) for draw in everyone}) == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "validation", "unit", "sentence"),
+    [
+        (6, 2, "subjects", "6 labelled subjects for training and 2 for validation were asked for, but only 7 may be"),
+        ("all", 15, "volumes", "All other labelled volumes for training and 15 for validation were asked for, but"),
+        ("all", 14, "volumes", "All other labelled volumes for training and 14 for validation were asked for, but"),
+        ("all", 7, "subjects", "All other labelled subjects for training and 7 for validation were asked for, but"),
+        (["s03a", "s04a"], 6, "subjects", "2 labelled volumes for training and 6 for validation were asked for, but"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_in_the_unit_of_the_budget(
+    labels: Any, validation: int, unit: Unit, sentence: str
+) -> None:
+    with pytest.raises(GlocalError) as raised:
+        draw_labels(MEMBERS, SPLIT, labels, validation, 0, unit=unit)
+    assert str(raised.value).startswith(sentence)
+    assert str(raised.value).endswith("(no subject in both): lower labels or validation, or label more.")
+
+
+def test_named_cases_are_volumes_even_where_budgets_are_subjects() -> None:
+    names = [f"s{k:02}{c}" for k in range(3, 8) for c in "ab"]  # ten cases, more than there are subjects
+    draw = draw_labels(MEMBERS, SPLIT, names, 2, 0, unit="subjects")
+    assert draw.train == tuple(names)
+    assert subjects(MEMBERS, draw.validation) == {"s08", "s09"}
 
 
 def test_labelled_cases_can_be_named() -> None:

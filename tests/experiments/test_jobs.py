@@ -7,7 +7,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,7 @@ from distributed import LocalCluster
 
 from fake_jobs import (
     be_killed,
-    fall_victim,
     find_busy,
-    kill_neighbour,
     refuse,
     sleep,
     stumble,
@@ -28,8 +27,10 @@ from fake_jobs import (
 )
 from glocal import __version__, runs
 from glocal.errors import Busy, GlocalError
+from glocal.experiments import cluster as on_dask
 from glocal.experiments import executors, jobs
-from glocal.experiments.executors import ONE_THREAD, Dask, Executors, Here, JobError, Processes, executor_named
+from glocal.experiments.cluster import ONE_THREAD, Dask
+from glocal.experiments.executors import Executors, Given, Here, JobError, Processes, executor_named
 from glocal.experiments.jobs import Job, do
 from glocal.files import read_json
 
@@ -82,7 +83,7 @@ def test_jobs_are_done_in_order_and_after_what_they_need(tmp_path: Path) -> None
 def test_jobs_run_at_the_same_time(tmp_path: Path, pool: Processes) -> None:
     """The first can only end after the third, which needs the second: it is not kept back until a round is over."""
     a, b, c = (tmp_path / name for name in "abc")
-    assert do([job(a, wait_for, other=c), job(b), job(c, needs=[b])], "Testing", pool) == []
+    assert do([job(a, wait_for, file=c / "manifest.json"), job(b), job(c, needs=[b])], "Testing", pool) == []
     when = {name: (tmp_path / name / "manifest.json").stat().st_mtime_ns for name in "abc"}
     assert when["b"] < when["c"] < when["a"]
 
@@ -175,26 +176,25 @@ def test_a_held_folder_is_busy(tmp_path: Path) -> None:
         pass
 
 
-def test_a_killed_process_is_replaced(tmp_path: Path) -> None:
-    """One job is killed once, one whenever it runs: that one fails, and only that one, though others die with it."""
-    a, b, *others = (tmp_path / name for name in "abcdef")
-    listed = [job(a, be_killed, times=1), job(b, be_killed, times=99), *map(job, others)]
+def test_a_killed_process_is_replaced_and_no_other_is_touched(tmp_path: Path) -> None:
+    """One job is killed once, one whenever it runs: only that one fails, the last time alone, after all others."""
+    a, b, c, d = (tmp_path / name for name in "abcd")
+    diary = tmp_path / "diary"
+    listed = [
+        job(a, wait_for, file=b / "killed-1.json", diary=diary),
+        job(b, be_killed, times=99),
+        job(c, be_killed, times=1),
+        job(d, needs=[c], diary=diary),
+    ]
     with Processes(2) as executor:
-        (failure,) = do([*listed, job(tmp_path / "g", needs=[a])], "Testing", executor, True)
+        (failure,) = do(listed, "Testing", executor, True)
     assert failure.job.folder == b
     assert "b was killed again and again, most likely for lack of memory: use a smaller batch" in failure.reason
-    assert finished(tmp_path) == set("acdefg")
-    assert len(list(b.glob("killed-*"))) in (2, 3)  # its third chance may have gone with the other's
-
-
-def test_neighbours_of_a_killed_process_are_not_blamed(tmp_path: Path) -> None:
-    """The first is in flight whenever the second kills its process; its last chance it has alone, and ends."""
-    a, b = tmp_path / "a", tmp_path / "b"
-    with Processes(2) as executor:
-        failures = do([job(a, fall_victim), job(b, kill_neighbour, other=a)], "Testing", executor, True)
-    assert [failure.job.folder for failure in failures] == [b]
-    assert finished(tmp_path) == {"a"}
-    assert (len(list(a.glob("begun-*"))), len(list(b.glob("killed-*")))) == (3, 3)
+    assert finished(tmp_path) == {"a", "c", "d"}
+    assert diary.read_text().split() == ["a", "d"]
+    assert [len(list(folder.glob("killed-*"))) for folder in (b, c)] == [3, 1]
+    last = (b / "killed-2.json").stat().st_mtime_ns
+    assert last > max((folder / "manifest.json").stat().st_mtime_ns for folder in (a, c, d))
 
 
 def test_without_keep_going_a_process_that_is_always_killed_stops_all(
@@ -255,7 +255,7 @@ def test_progress_says_how_far_it_is(tmp_path: Path) -> None:
 
 def test_a_cluster_survives_a_worker_that_is_killed(cluster: LocalCluster, tmp_path: Path) -> None:
     a, b, c, d, e, f = (tmp_path / name for name in "abcdef")
-    listed = [job(a, be_killed, times=1), job(b, wait_for, other=a), job(c, needs=[a]), job(d, refuse)]
+    listed = [job(a, be_killed, times=1), job(b, wait_for, file=a / "manifest.json"), job(c, needs=[a]), job(d, refuse)]
     listed += [job(e, stumble), job(f, find_busy, times=1)]
     with executor_named(cluster.scheduler_address.replace("tcp", "dask")) as executor:
         assert named(executor) == "Dask"
@@ -280,7 +280,7 @@ def test_a_cluster_that_cannot_be_used_is_refused(tmp_path: Path, monkeypatch: p
     with LocalCluster(n_workers=0, threads_per_worker=2, processes=False, dashboard_address=":0") as cluster:
         address = cluster.scheduler_address
         with monkeypatch.context() as patch:
-            patch.setattr(executors, "CONNECT_SECONDS", 0.5)
+            patch.setattr(on_dask, "CONNECT_SECONDS", 0.5)
             with pytest.raises(GlocalError, match=r"has no workers: start some with `dask worker .* --nthreads 1`"):
                 Dask(address)
         cluster.scale(1)
@@ -294,13 +294,13 @@ def test_a_cluster_that_cannot_be_used_is_refused(tmp_path: Path, monkeypatch: p
 
 
 def test_another_version_on_the_cluster_is_refused(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executors, "__version__", "99")
+    monkeypatch.setattr(on_dask, "__version__", "99")
     found = (
         rf"need glocal 99 as it is here, but they have: {__version__}, 99; install"  # the scheduler is in this process
     )
     with pytest.raises(GlocalError, match=found):
         Dask(cluster.scheduler_address)
-    monkeypatch.setattr(executors, "_version", lambda: 1 / 0)
+    monkeypatch.setattr(on_dask, "_version", lambda: 1 / 0)
     with pytest.raises(GlocalError, match="they have: ZeroDivisionError: division by zero; install"):
         Dask(cluster.scheduler_address)
 
@@ -323,7 +323,7 @@ def test_a_cluster_that_is_lost_stops_all(cluster: LocalCluster, tmp_path: Path)
 
 
 def test_where_nobody_answers_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executors, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(on_dask, "CONNECT_SECONDS", 0.2)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -335,6 +335,17 @@ def test_dask_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(GlocalError, match=r'pip install "glocal\[cluster\]"'):
         executor_named("dask://localhost:8786")
+
+
+def test_any_executor_of_processes_will_do(tmp_path: Path) -> None:
+    made = [job(tmp_path / name) for name in ("a", "b")]
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        with executor_named(pool, workers=1) as executor:
+            assert isinstance(executor, Given)
+            assert do(made, "", executor) == []
+        assert pool.submit(int, "3").result() == 3  # it stays open
+    with ThreadPoolExecutor(1) as pool, pytest.raises(GlocalError, match="processes, not threads"):
+        executor_named(pool)
 
 
 def test_executors_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

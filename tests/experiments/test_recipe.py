@@ -8,6 +8,7 @@ import yaml
 
 from glocal.errors import GlocalError
 from glocal.experiments.derive import derived
+from glocal.experiments.grid import experiment_options, variants
 from glocal.experiments.recipe import Recipe, make_recipe, read_recipe, recipe_names, recipe_text
 from glocal.finetuning.registry import finetuning_options
 from glocal.pretraining.registry import method_named, pretraining_options
@@ -34,7 +35,10 @@ def changed(**changes: Any) -> Recipe:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_packaged_recipe_is_valid_and_says_what_it_is_for(name: str, raw: Path) -> None:
-    recipe = make_recipe(derived(read_recipe(name, [f"data={raw}", "out=run", "device=cpu"])))
+    settings = read_recipe(name, [f"data={raw}", "out=run", "device=cpu"])
+    options = experiment_options(settings.pop("experiment", {}))
+    recipe = make_recipe(derived(settings))
+    assert variants(settings, options) if options.vary else True
     assert recipe.name == name
     assert recipe.summary
     assert recipe.contenders()[0] == "random"

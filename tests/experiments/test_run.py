@@ -22,6 +22,7 @@ from glocal.data.preprocess import preprocess
 from glocal.errors import GlocalError
 from glocal.experiments import demo as demonstration
 from glocal.experiments import run as road
+from glocal.experiments import trainings as jobs_of_recipes
 from glocal.experiments.executors import Processes, default_workers, gpus_for
 from glocal.experiments.jobs import Job, do
 from glocal.experiments.report import report
@@ -166,7 +167,7 @@ def test_the_report_tells_all_of_it(whole: Path) -> None:
 def test_started_again_nothing_is_trained(whole: Path, recipe: str, raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in whole.rglob("*") if path.is_file()}
     for name in ("pretrain", "finetune"):
-        monkeypatch.setattr(road, name, None)
+        monkeypatch.setattr(jobs_of_recipes, name, None)
     assert run(recipe, [f"data={raw}", f"out={whole}", "device=auto"], workers=1) == whole
     after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in whole.rglob("*") if path.is_file()}
     assert after.keys() == before.keys()
@@ -212,7 +213,7 @@ def test_a_stopped_run_continues(
 
     words = [f"data={raw}", f"out={tmp_path / 'run'}"]
     with monkeypatch.context() as patch:
-        patch.setattr(road, "finetune", stopping)
+        patch.setattr(jobs_of_recipes, "finetune", stopping)
         with pytest.raises(KeyboardInterrupt):
             run(recipe, words, workers=1)
     assert len(trainings(tmp_path / "run")) == 4
@@ -412,6 +413,7 @@ def test_labels_as_people_write_them() -> None:
     assert parse_labels(" 12 ") == 12
     assert parse_labels("a, b,") == ["a", "b"]
     assert parse_labels("case1") == ["case1"]
+    assert parse_labels(" all ") == "all"
     for text in ("0", "-1", "1.5", "", ",", "+2"):
         with pytest.raises(GlocalError, match="neither a number of volumes"):
             parse_labels(text)

@@ -25,21 +25,20 @@ Dice = Mapping[str, Sequence[float]]
 
 def write_run(out: Path, **protocol: Any) -> Path:
     out.mkdir(exist_ok=True)
-    whole = {"splits": 1, "draws": 2, "evaluate": "test", "transductive": False} | protocol
+    whole = {"splits": 1, "draws": 2, "evaluate": "test", "budget": "volumes", "transductive": False} | protocol
     (out / "recipe.yaml").write_text(yaml.safe_dump({"kind": "run", "compare": ["pcl", "gcl"], "protocol": whole}))
     return out
 
 
 def write_training(
-    out: Path, contender: str, draw: int, dice: Dice, split: int = 0, labels: int = 2, best: Dice | None = None
+    out: Path, contender: str, draw: int, dice: Dice, split: int = 0, labels: int | str = 2, best: Dice | None = None
 ) -> None:
     """A finished fine-tuning with the Dice of every case, class by class; the subject is the case's first letter."""
     folder = out / "finetune" / f"split-{split}" / contender / f"labels-{labels}-draw-{draw}"
     folder.mkdir(parents=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"kind": "finetune", "split": split}))
-    validation = ["v1"] if best else []
-    chosen = {"index": draw, "train": [f"t{k}" for k in range(labels)], "validation": validation}
-    write_json(folder / "split.json", {"draw": chosen})
+    settings = {"kind": "finetune", "split": split, "labels": labels, "validation": 1 if best else 0}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    write_json(folder / "split.json", {"draw": {"index": draw}})
     rows = [
         {"checkpoint": checkpoint, "case": case, "subject": case[0], "class": f"class {k}", "dice": value, "hd95": 1.0}
         for checkpoint, table in (("last", dice), ("best", best or {}))
@@ -144,13 +143,15 @@ def test_validation_volumes_are_labels_too_and_best_stands_beside_last(tmp_path:
 
 def test_budgets_are_apart_and_in_order(tmp_path: Path) -> None:
     out = write_run(tmp_path / "run")
-    for labels, value in ((10, 0.9), (2, 0.5)):
+    for labels, value in (("all", 0.95), (10, 0.9), (2, 0.5)):
         write_training(out, "random", 0, {"a": [value]}, labels=labels)
         write_training(out, "random", 0, {"a": [value + 0.02]}, labels=labels, split=1)
     assert [(row["labels"], row["dice"]) for row in write_tables(out)] == [
         ("2", "0.510 ± 0.014"),
         ("10", "0.910 ± 0.014"),
+        ("all", "0.960 ± 0.014"),
     ]
+    assert [row["labels"] for row in read_table(out)] == ["2", "10", "all"]  # from the file, where all are words
 
 
 def test_the_tables_are_written_and_read_back(run: Path) -> None:

@@ -9,7 +9,7 @@ import typer
 def finetune(
     store: Annotated[Path, typer.Argument(help="What `glocal preprocess` made.")],
     run: Annotated[Path, typer.Argument(help="Folder of the run; a begun one is continued.")],
-    labels: Annotated[str, typer.Option(help="Labelled volumes: a number, or cases by name: CASE,CASE.")],
+    labels: Annotated[str, typer.Option(help="Labelled volumes: a number, `all`, or cases by name: CASE,CASE.")],
     words: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Settings, for example max_iterations=1000 draw=1 validation=2."),

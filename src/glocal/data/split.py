@@ -54,7 +54,7 @@ class ProtocolOptions(BaseModel):
     @model_validator(mode="after")
     def _one_way_to_split(self) -> "ProtocolOptions":
         ways = {"splits": self.splits > 1, "folds": self.folds is not None, "leave_one_out": self.leave_one_out}
-        chosen = [name for name, is_set in ways.items() if is_set]
+        chosen = [f"protocol.{name}" for name, is_set in ways.items() if is_set]
         if len(chosen) > 1:
             raise GlocalError(f"{' and '.join(chosen)} each say how subjects are split: choose one of them.")
         return self
@@ -134,7 +134,10 @@ def split_count(members: Sequence[Member], options: ProtocolOptions) -> int:
 def _fold(labelled: list[str], kept: set[str], folds: int, seed: int, index: int) -> set[str]:
     candidates = [subject for subject in labelled if subject not in kept]
     if index >= folds or len(candidates) < folds:
-        raise GlocalError(f"protocol.folds={folds} asks for more folds than there are labelled subjects: lower it.")
+        raise GlocalError(
+            f"protocol.folds={folds} asks for more folds than the {len(candidates)} labelled subjects that are not for "
+            "development: lower it."
+        )
     return set(shuffled(candidates, seed, "folds")[index::folds])
 
 
@@ -202,24 +205,25 @@ def draw_labels(
         subjects = {pool[case].subject for case in than}
         return [cases for cases in reversed(queue) if pool[cases[0]].subject not in subjects]
 
+    wanted = 1
     if labels == "all":
-        chosen = _joined(others([])[:validation])
-        wanted, train = 1, _joined(reversed(others(chosen)))
+        asked, chosen = f"All other labelled {unit}", others([])[:validation]
+        train = _joined(reversed(others(_joined(chosen))))
     elif isinstance(labels, int):
         if labels < 1:
             raise GlocalError(f"labels={labels} leaves nothing to train on: ask for one labelled volume or more.")
-        wanted, train = labels, _joined(queue[:labels])
-        chosen = _joined(others(train)[:validation])
+        asked, wanted, train = f"{labels} labelled {unit}", labels, _joined(queue[:labels])
+        chosen = others(train)[:validation]
     else:
         _refuse_unknown(labels, pool, split)
-        wanted, train = len(labels), list(labels)
-        chosen = _joined(others(train)[:validation])
-    if min(len(queue), len(train)) < wanted or len(chosen) < validation:
+        asked, train = f"{len(labels)} labelled volumes", list(labels)
+        chosen = others(train)[:validation]
+    if len(queue) < wanted or not train or len(chosen) < validation:
         raise GlocalError(
-            f"{wanted} labelled {unit} for training and {validation} for validation were asked for, but only "
-            f"{len(queue)} may be trained on (no subject in both): lower labels or validation, or label more."
+            f"{asked} for training and {validation} for validation were asked for, but only {len(queue)} "
+            "may be trained on (no subject in both): lower labels or validation, or label more."
         )
-    return Draw(index, tuple(train), tuple(sorted(chosen)))
+    return Draw(index, tuple(train), tuple(sorted(_joined(chosen))))
 
 
 def _joined(lists: Iterable[list[str]]) -> list[str]:

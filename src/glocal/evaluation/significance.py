@@ -97,8 +97,7 @@ def summarise(
 
 def _refuse_doubles(values: pd.DataFrame, axes: Sequence[str]) -> None:
     keys = [*axes, "split", "draw", "subject"]
-    double = values[values.duplicated(keys)]
-    if len(double):
+    if len(double := values[values.duplicated(keys)]):
         which = ", ".join(f"{key} {double[key].iloc[0]}" for key in keys)
         raise GlocalError(f"There are two values of {which}: keep one, or name the axis in which they differ.")
 
@@ -175,12 +174,10 @@ def _wilcoxon(differences: Floats) -> float:
 
 
 def holm(p: ArrayLike) -> Floats:
-    """P-values adjusted by Holm's step-down method (1979, Scand. J. Stat. 6).
-    p is (tests,); NaN stays and does not count."""
+    """P-values (tests,) adjusted by Holm's step-down method (1979, Scand. J. Stat. 6); NaN stays and does not count."""
     adjusted = np.array(p, dtype=np.float64)
     order = np.argsort(adjusted)[: np.isfinite(adjusted).sum()]  # NaN come last
-    factors = np.arange(len(order), 0, -1)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(factors * adjusted[order]))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(np.arange(len(order), 0, -1) * adjusted[order]))
     return adjusted
 
 
@@ -237,9 +234,8 @@ def rank_stability(
     complete = _complete(values, methods)
     matrices = [complete[method].unstack("subject") for method in methods]
     means = np.stack([_resampled(matrix, options, "subjects", "draws") for matrix in matrices], axis=1).round(_DIGITS)
-    costs = -means if higher_is_better else means
-    ranks = stats.rankdata(costs, axis=1)
-    first = costs == costs.min(axis=1, keepdims=True)
+    ranks = stats.rankdata(-means if higher_is_better else means, axis=1)
+    first = ranks == ranks.min(axis=1, keepdims=True)
     low, high = np.quantile(ranks, [0.5 - options.level / 2, 0.5 + options.level / 2], axis=0)
     table = pd.DataFrame({"method": list(methods), "mean": [matrix.mean(axis=1).mean() for matrix in matrices]})
     share = (first / first.sum(axis=1, keepdims=True)).mean(axis=0)
@@ -253,7 +249,8 @@ def order_agreement(values: pd.DataFrame) -> float:
         values: of one budget, with a column `method`; what not every method has is left out.
 
     Returns:
-        1 for equal, -1 for opposite orders; ties count 0 (tau-a). NaN with one method or one (split, draw).
+        1 for equal, -1 for opposite orders; ties count 0 (tau-a). NaN with one method or one (split, draw). Draws of
+        one split share subjects and pre-training, so that they agree more easily than splits.
     """
     methods = list(values["method"].unique())
     means = _complete(values, methods).groupby(level=["split", "draw"]).mean().to_numpy(float)

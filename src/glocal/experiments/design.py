@@ -13,6 +13,7 @@ from glocal.experiments.grid import ExperimentOptions, Variant, baseline_of, exp
 from glocal.experiments.layout import TableOptions, check_layout
 from glocal.experiments.recipe import read_recipe
 from glocal.experiments.trainings import refuse_impossible_draws
+from glocal.experiments.tuning import Trial, refuse_untunable, trials_of
 from glocal.files import read_json
 
 OUT = "experiments"  # where results go if a recipe does not say
@@ -28,6 +29,7 @@ class Experiment:
     settings: Mapping[str, Any]  # as they were asked for
     options: ExperimentOptions
     variants: list[Variant]
+    trials: list[Trial]  # of the tuning; none without
     baseline: Mapping[str, str]
     tables: Mapping[str, TableOptions]
 
@@ -41,10 +43,15 @@ class Experiment:
         """The options of every axis but split and draw, in their order."""
         return axes_of(self.variants)
 
+    @property
+    def transductive(self) -> bool:
+        """Whether images of test subjects are part of any pre-training."""
+        return any(variant.recipe.protocol.transductive for variant in self.variants)
+
     def method_name(self, place: Mapping[Any, Any]) -> str:
-        """What a combination of the axes is called, its budget apart: the options that vary, or the contender."""
+        """What a combination of the axes is called, its budget apart: the options that vary, or the first."""
         axes = [axis for axis, options in self.axes.items() if axis != "labels" and len(options) > 1]
-        return " + ".join(self._name(axis, str(place[axis])) for axis in axes or ["contender"])
+        return " + ".join(self._name(axis, str(place[axis])) for axis in axes or list(self.axes)[:1])
 
     def _name(self, axis: str, option: str) -> str:
         bare = option not in self.options.names and (option in ("true", "false") or option[:1] in "-.0123456789")
@@ -66,7 +73,7 @@ def read_experiment(recipe: str, words: Sequence[str] = ()) -> Experiment:
     if "data" not in settings:
         raise GlocalError("Say which data: data=DATASET (and where to with out=FOLDER, else `experiments`).")
     options = experiment_options(settings.pop("experiment", {}))
-    asked = {**settings, "experiment": options.model_dump(mode="json")}
+    asked = {**settings, "experiment": options.model_dump(mode="json") | {"vary": options.vary}}
     out = Path(settings.get("out", OUT)).resolve()
     settings = derived(settings | {"data": str(Path(settings["data"]).resolve()), "out": str(out)})
     if settings["name"] in SHARED:
@@ -77,12 +84,13 @@ def read_experiment(recipe: str, words: Sequence[str] = ()) -> Experiment:
     tables = dict(options.tables) or {"dice": TableOptions(rows=rows or (next(iter(axes)),))}
     for table in tables.values():
         check_layout(table, axes)
-    for data in dict.fromkeys(variant.recipe.data for variant in found):
-        dataset = read_dataset(data)
-        for variant in found:
-            if variant.recipe.data == data:
-                refuse_impossible_draws(variant.recipe, dataset.members, dataset.split)
-    return Experiment(settings["name"], out, asked, options, found, baseline_of(options, found), tables)
+    trials = trials_of(found, options.tune) if options.tune else []
+    datasets = {data: read_dataset(data) for data in dict.fromkeys(variant.recipe.data for variant in found)}
+    for refuse, refused in ((refuse_untunable, (t.variant for t in trials)), (refuse_impossible_draws, found)):
+        for variant in refused:
+            dataset = datasets[variant.recipe.data]
+            refuse(variant.recipe, dataset.members, dataset.split)
+    return Experiment(settings["name"], out, asked, options, found, trials, baseline_of(options, found), tables)
 
 
 def _decided(settings: dict[str, Any], out: Path) -> dict[str, Any]:

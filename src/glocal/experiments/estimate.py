@@ -83,7 +83,7 @@ def _probe(job: Job, folder: Path) -> Job:
 
 
 def measure(work: Work, folder: Path, settings: dict[str, Any], **arguments: Any) -> None:
-    """Time two short trainings, after one that is not timed, and write seconds per iteration (`step`) and beside them (`fixed`)."""
+    """Time two short trainings, after one that is not timed; write seconds per iteration (`step`) and beside (`fixed`)."""
     seconds = []
     for run, iterations in (("warm", FEW), ("few", FEW), ("more", MORE)):  # the first pays for imports and for files
         started = time.monotonic()

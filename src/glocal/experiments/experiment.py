@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,22 +19,27 @@ from glocal.experiments.jobs import Failure, do
 from glocal.experiments.page import write_results
 from glocal.experiments.plan import Training, jobs_of, plan, store_folder
 from glocal.experiments.sections import count
-from glocal.experiments.tuning import judged, trials_of, tuned, tuning_trainings
+from glocal.experiments.tuning import judged, tuned, tuning_trainings
 from glocal.files import write_json
-from glocal.progress import console
+from glocal.progress import console, duration
 
 WAIT_SECONDS = 2.0  # before a store that another experiment is making is looked at again
 
 
 def experiment(
-    recipe: str, words: Sequence[str] = (), executor: str = "local", workers: int | None = None, dry_run: bool = False
+    recipe: str,
+    words: Sequence[str] = (),
+    executor: str | Executor = "local",
+    workers: int | None = None,
+    dry_run: bool = False,
 ) -> Path | None:
     """Do all trainings of an experiment that are not done yet, then write its tables, figures and page.
 
     Args:
         recipe: the name of a packaged recipe, or a YAML file; its part `experiment` says what varies.
         words: `key=value` settings over the recipe's; `data` is needed somewhere.
-        executor: `local`, or `dask://HOST:PORT`.
+        executor: `local`, or `dask://HOST:PORT`; or any executor of `concurrent.futures` whose workers are processes
+            that see the same folders.
         workers: trainings at the same time; None decides by the machine or the cluster.
         dry_run: preprocess, measure a few steps, say how many trainings there are and how long they take, and stop.
 
@@ -56,20 +62,20 @@ def experiment(
 
 
 def _all_of_it(design: Experiment, executor: Executors, dry_run: bool) -> Path | None:
-    write_json(design.out / "machine.json", {"precision": design.variants[0].recipe.precision})
+    if not (machine := design.out / "machine.json").exists():
+        write_json(machine, {"precision": design.variants[0].recipe.precision})
     stores = _stores(design)
-    trials = trials_of(design.variants, design.options.tune) if design.options.tune else []
-    searching = tuning_trainings(trials, stores, design.out)
+    searching = tuning_trainings(design.trials, stores, design.out)
     trainings = plan(design.variants, stores, design.out)
     _say(design, searching, trainings, estimate(jobs_of([*searching, *trainings]), executor, design.out), executor)
     if dry_run:
         return None
     failures: list[Failure] = []
     tuning = None
-    if trials:
+    if searching:
         failures += do(jobs_of(searching), "Tuning", executor, keep_going=True)
-        tuning = judged(trials, searching)
-        trainings = plan(tuned(design.variants, trials, tuning), stores, design.out)
+        tuning = judged(design.trials, searching)
+        trainings = plan(tuned(design.variants, design.trials, tuning), stores, design.out)
     failures += do(jobs_of(trainings), design.name, executor, keep_going=True)
     page = write_results(design, trainings, failures, stores, tuning)
     if failures:
@@ -83,7 +89,8 @@ def _all_of_it(design: Experiment, executor: Executors, dry_run: bool) -> Path |
 
 def _stores(design: Experiment) -> dict[Path, Store]:
     """One store for each way of preprocessing; one that another experiment is making is waited for."""
-    recipes = {store_folder(design.out, variant.recipe): variant.recipe for variant in design.variants}
+    variants = [*design.variants, *(trial.variant for trial in design.trials)]
+    recipes = {store_folder(design.out, variant.recipe): variant.recipe for variant in variants}
     stores = {}
     for folder, recipe in recipes.items():
         while folder not in stores:
@@ -107,7 +114,9 @@ def _say(
     varied = " x ".join(f"{len(options)} {axis}" for axis, options in axes.items())
     console.print(f"{design.name}: {varied}; compared with {_words(design.baseline)}.", soft_wrap=True, highlight=False)
     if searching:
-        console.print(f"First {len(searching)} trials on development subjects choose settings.", highlight=False)
+        console.print(
+            f"First {len(searching)} trainings, measured on development subjects, choose settings.", highlight=False
+        )
     table = Table("Training", "In all", "Left", "Seconds an iteration", "Time left", box=None, pad_edge=False)
     for kind in kinds:
         left = len(kind.open_jobs)
@@ -124,11 +133,3 @@ def _say(
 
 def _words(place: Mapping[str, str]) -> str:
     return ", ".join(f"{axis}={option}" for axis, option in place.items())
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: `2 h 05 min`, `12 min`, `40 s`."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"

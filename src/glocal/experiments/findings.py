@@ -64,10 +64,15 @@ def findings(design: Experiment, results: pd.DataFrame) -> list[Finding]:
         validation = values.groupby(list(axes), sort=False)["validation"].max().reset_index()
         summary = summary.merge(validation, on=list(axes), how="left")
         layout = lay_out(summary, options, design.options.names, caption(design, summary), axes)
-        method = [design.method_name(place) for place in summary[list(axes)].to_dict("records")]
-        values = values.merge(summary[list(axes)].assign(method=method), on=list(axes), how="left")
-        found.append(Finding(name, options, values, summary.assign(method=method), layout))
+        is_baseline = [design.baseline.items() <= place.items() for place in summary[list(axes)].to_dict("records")]
+        summary = _named(design, summary).assign(baseline=is_baseline)
+        found.append(Finding(name, options, _named(design, values), summary, layout))
     return found
+
+
+def _named(design: Experiment, frame: pd.DataFrame) -> pd.DataFrame:
+    """With a column `method`, which takes the place of an axis of this name."""
+    return frame.assign(method=[design.method_name(place) for place in frame[list(design.axes)].to_dict("records")])
 
 
 def caption(design: Experiment, summary: pd.DataFrame) -> str:
@@ -80,7 +85,7 @@ def caption(design: Experiment, summary: pd.DataFrame) -> str:
     )
     pretrained = (
         "images of test subjects were part of the pre-training (transductive)"
-        if protocol.transductive
+        if design.transductive
         else ("no test subject was part of any training (inductive)")
     )
     baseline = ", ".join(design.options.names.get(option, option) for option in design.baseline.values())

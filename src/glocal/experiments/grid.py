@@ -1,24 +1,41 @@
 """What an experiment varies: axes with their options, and every combination of these as a recipe of its own."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
-from typing import Any, Literal
+from itertools import combinations, product
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from glocal.errors import GlocalError
-from glocal.evaluation.significance import StatisticsOptions
-from glocal.experiments.layout import TableOptions
+from glocal.evaluation.significance import SUMMARY, StatisticsOptions
+from glocal.experiments.layout import METRIC_NAMES, TableOptions
 from glocal.experiments.recipe import Recipe, make_recipe
 from glocal.experiments.trainings import budgets_of
 from glocal.options import closest, merged, validated
+from glocal.runs import flatten
 
 # Axes with a name shorter than the key of the recipe that they set.
 KEYS = {"contender": "compare", "labels": "finetune.labels", "strategy": "finetune.strategy", "network": "network.name"}
+OF_RECIPE = (*KEYS, "data", "seed", "precision", "threads", "max_iterations")  # and every key with a dot
+OF_TRAINING = ("split", "draw", "trial", "run", "pretraining", "done", "checkpoint", "validation", "transductive")
+OF_CASE = ("subject", "case", "class", "value", "note", "paper")
+TAKEN = {*OF_TRAINING, *OF_CASE, *METRIC_NAMES, *SUMMARY}  # columns of the results, so no names for an axis
 
 Option = dict[str, Any]
+
+
+def option_name(value: Any) -> str:
+    """An option as tables call it: as people write it in YAML; named cases as their number."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value):
+        return str(len(value))
+    return str(value)
+
+
+Name = Annotated[str, BeforeValidator(option_name)]  # YAML reads some options as numbers or as true
 
 
 class TuneOptions(BaseModel):
@@ -40,15 +57,15 @@ class ExperimentOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    vary: dict[str, list[Any] | dict[str | int | float | bool, dict[str, Any]]] = Field(
+    vary: dict[str, Any] = Field(
         default_factory=dict,
         description="axis: [values], or axis: {option: settings besides}; an axis is contender, labels, strategy, "
         "network, any key of the recipe, or a name of its own with the settings of each option",
     )
-    baseline: dict[str, str] = Field(
+    baseline: dict[str, Name] = Field(
         default_factory=dict, description="axis: option that all else is compared with; the first contender if not said"
     )
-    names: dict[str, str] = Field(default_factory=dict, description="option: how tables and figures call it")
+    names: dict[Name, str] = Field(default_factory=dict, description="option: how tables and figures call it")
     tables: dict[str, TableOptions] = Field(default_factory=dict, description="tables by name; one of Dice if not said")
     statistics: StatisticsOptions = StatisticsOptions()
     tune: TuneOptions | None = None
@@ -100,7 +117,7 @@ def variants(settings: Mapping[str, Any], options: ExperimentOptions) -> list[Va
             over = merged(over, option)
         variant = Variant(places, merged(settings, over))
         try:
-            _ = variant.recipe
+            _refuse_several(variant.recipe)
         except GlocalError as error:
             where = ", ".join(f"{axis}={option}" for axis, option in places.items())
             raise GlocalError(f"The combination {where} is not possible: {error}") from error
@@ -108,36 +125,70 @@ def variants(settings: Mapping[str, Any], options: ExperimentOptions) -> list[Va
     return found
 
 
+def _refuse_several(recipe: Recipe) -> None:
+    for axis, chosen in (("contender", recipe.compare), ("labels", budgets_of(recipe))):
+        if len(chosen) != 1:
+            named = " and ".join(map(option_name, chosen)) or "none"
+            raise GlocalError(f"it needs one value of {axis}, not {named}: say it in the settings of every option.")
+
+
 def _axes(recipe: Recipe, options: ExperimentOptions) -> dict[str, dict[str, Option]]:
     """The options of every axis by name; contender and budget are axes of every experiment."""
-    axes = {axis: dict(_options(axis, values)) for axis, values in options.vary.items()}
+    axes = {axis: _options(axis, values) for axis, values in options.vary.items()}
+    for axis, values in (("contender", list(recipe.contenders())), ("labels", budgets_of(recipe))):
+        if not any(KEYS[axis] in flatten(option) for found in axes.values() for option in found.values()):
+            axes[axis] = _options(axis, values)
+    of: dict[str, str] = {}
     for axis, found in axes.items():
-        if not found:
-            raise GlocalError(f"experiment.vary.{axis} names no option: give a list of values.")
-    budgets = budgets_of(recipe)
-    for axis, values in (("contender", list(recipe.contenders())), ("labels", budgets)):
-        key = KEYS[axis].split(".")
-        if not any(_holds(option, key) for found in axes.values() for option in found.values()):
-            axes[axis] = dict(_options(axis, values))
+        for key in {key: None for option in found.values() for key in flatten(option)}:
+            if of.setdefault(key, axis) != axis:
+                raise GlocalError(f"The axes {of[key]} and {axis} of experiment.vary both set {key}: leave it to one.")
     axes["labels"] = axes.pop("labels", {"-": {}})  # last, so that tables of the plan read by method
     return axes
 
 
-def _options(axis: str, values: Sequence[Any] | Mapping[Any, Mapping[str, Any]]) -> Iterator[tuple[str, Option]]:
-    """On the axes of `KEYS`, and where values are only listed, the option's name is the value itself."""
-    for value in values:
-        own = {axis: value} if axis in KEYS or not isinstance(values, Mapping) else {}
-        besides = values[value] if isinstance(values, Mapping) else {}
-        yield option_name(value), merged(nested(own), nested(besides))
+def _options(axis: str, values: Any) -> dict[str, Option]:
+    """The options of an axis by name, each with its settings; on a key of the recipe the value is one of them."""
+    where = f"experiment.vary.{axis}"
+    given = _pairs(where, values)
+    if not given:
+        raise GlocalError(f"{where} names no option: give a list of values.")
+    own = "." not in axis and axis not in OF_RECIPE
+    _refuse_axis(axis, own, any(besides for _, besides in given))
+    found: dict[str, Option] = {}
+    for value, besides in given:
+        name = option_name(value)
+        if name in found:
+            raise GlocalError(f"{where} has two options called {name}: give them names (name: {{key: value}}).")
+        found[name] = merged({} if own else nested({axis: value}), nested(besides))
+    for one, other in combinations(found, 2):
+        if found[one] == found[other]:
+            raise GlocalError(f"The options {one} and {other} of {where} have the same settings: leave one out.")
+    return found
 
 
-def option_name(value: Any) -> str:
-    """An option as tables call it: as people write it in YAML; named cases as their number."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value):
-        return str(len(value))
-    return str(value)
+def _pairs(where: str, values: Any) -> list[tuple[Any, Mapping[str, Any]]]:
+    """Options with the settings that each brings; in YAML these may be left empty."""
+    if isinstance(values, list):
+        return [(value, {}) for value in values]
+    if isinstance(values, Mapping) and all(isinstance(besides or {}, Mapping) for besides in values.values()):
+        return [(value, besides or {}) for value, besides in values.items()]
+    raise GlocalError(
+        f"{where} does not fit: give a list of values, or for every option its settings (option: {{key: value}}); "
+        "a key of the recipe is written in one, such as finetune.batch: [2, 4]."
+    )
+
+
+def _refuse_axis(axis: str, own: bool, settings: bool) -> None:
+    short = {key: name for name, key in KEYS.items()}
+    if axis in short:
+        raise GlocalError(f"experiment.vary.{axis} has a shorter name: call this axis {short[axis]}.")
+    if axis in TAKEN:
+        raise GlocalError(f"experiment.vary.{axis} is called like a column of the results: choose another name.")
+    if own and not settings:
+        raise GlocalError(
+            f"experiment.vary.{axis} is no key of the recipe, and no option has settings: {closest(axis, OF_RECIPE)}"
+        )
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from glocal import runs
 from glocal.errors import Busy, GlocalError
 from glocal.experiments.executors import LOST, Executors, JobError, Work, told
 from glocal.files import write_text
-from glocal.progress import progress
+from glocal.progress import console, duration, progress
+from glocal.runs import FAILURE
 
-FAILURE = "failure.txt"
 LOOK_SECONDS = 2.0  # between two looks at the logs
 REST_SECONDS = 10.0  # before a folder is tried again in which another process works
 
@@ -60,13 +60,19 @@ def do(jobs: Sequence[Job], description: str, executor: Executors, keep_going: b
         GlocalError: without `keep_going` the first failing job's own; the connection to a cluster was lost.
         JobError: without `keep_going`, anything else that a job raised.
     """
-    board = _Board(jobs, executor, keep_going)
+    board, started, said = _Board(jobs, executor, keep_going), time.monotonic(), ""
+    begun = board.state()["completed"]
     with nullcontext(Progress(disable=True)) if executor.shows else progress() as bar:
         task = bar.add_task(description, info="", **board.state())
         while board.open:
             board.submit()
             board.collect()
             bar.update(task, info=board.info(), **board.state())
+            if not console.is_terminal and board.info() != said:  # a line in the log of a long night, now and then
+                said, state = board.info(), board.state()
+                pace = (state["completed"] - begun) / (time.monotonic() - started)
+                left = f", about {duration((state['total'] - state['completed']) / pace)} left" if pace > 0 else ""
+                console.print(f"{description}: {said}{left}.", soft_wrap=True, highlight=False)
     return board.failures
 
 
@@ -84,10 +90,10 @@ class _Board:
         self.slots = 0
 
     def submit(self) -> None:
-        """Submit what may begin, as long as there are free workers; a suspect only alone, when the others are done."""
+        """Submit what may begin, while there are free workers; a last chance alone, after all others."""
         self.slots = self.executor.slots()
-        for job in sorted(self.open.values(), key=self._suspect):
-            alone = self._suspect(job) or any(map(self._suspect, self.flying.values()))
+        for job in sorted(self.open.values(), key=self._on_last_chance):
+            alone = self._on_last_chance(job) or any(map(self._on_last_chance, self.flying.values()))
             if len(self.flying) >= (min(1, self.slots) if alone else self.slots):
                 return
             if not self._ready(job):
@@ -122,8 +128,8 @@ class _Board:
             if self.kills[job.folder] == self.executor.patience:
                 self._fail(job, GlocalError(_killed(job)))
 
-    def _suspect(self, job: Job) -> bool:
-        """Whether every chance but the last is gone: one job that kills its process takes its neighbours with it."""
+    def _on_last_chance(self, job: Job) -> bool:
+        """Whether every chance but the last is gone: it needs memory, so it gets all there is."""
         return 0 < self.kills[job.folder] == self.executor.patience - 1
 
     def _ready(self, job: Job) -> bool:

@@ -215,11 +215,17 @@ def _cells(column: Sequence[Record], options: TableOptions) -> list[Cell]:
             tuple(_beside(record, kind, options.digits) for kind in options.show if kind != "sd"),
             best=cost in ranked[:1],
             second=cost in ranked[1:2],
-            significant=bool(record["p_holm"] < ALPHA),
-            worse=bool(record["p_holm"] < ALPHA and sign * record["difference"] > 0),
+            significant=_significant(record),
+            worse=_significant(record) and sign * record["difference"] > 0,
         )
         for record, cost in zip(column, costs, strict=True)
     ]
+
+
+def _significant(record: Record) -> bool:
+    """A p over subjects knows nothing of other draws: the interval, in which draws vary too, must exclude 0 as well."""
+    low, high = record["difference_low"], record["difference_high"]
+    return bool(record["p_holm"] < ALPHA and (low > 0 or high < 0))
 
 
 def _mean(record: Record, options: TableOptions) -> str:
@@ -254,7 +260,8 @@ def _legend(options: TableOptions, cells: Sequence[Cell]) -> str:
         lowest = ", lower is better" if options.metric in DISTANCES else ""
         parts.append(f"Bold: best of its column, underlined: second best{lowest}")
     if any(cell.significant for cell in cells):
-        parts.append(f"* better, † worse than the baseline with Holm-corrected p < {ALPHA}")
+        both = f"Holm-corrected p < {ALPHA}, and 0 outside the interval of the difference over subjects and draws"
+        parts.append(f"* better, † worse than the baseline: {both}")
     if options.paper:
         parts.append(f"Paper: as reported by {options.paper_source.rstrip('.')}")
     return ". ".join(parts) + "."

@@ -18,7 +18,7 @@ from glocal.experiments.findings import Finding, boxes_of, figures_of, findings,
 from glocal.experiments.jobs import Failure
 from glocal.experiments.plan import Training
 from glocal.experiments.report import report
-from glocal.experiments.results import collect
+from glocal.experiments.results import collect, scores_of
 from glocal.experiments.sections import count
 from glocal.files import replacing, write_bytes, write_text
 from glocal.progress import track
@@ -35,7 +35,7 @@ def write_results(
     stores: Mapping[Path, Store],
     tuning: pd.DataFrame | None = None,
 ) -> Path:
-    """Write `results.csv`, `table-NAME.md|csv|tex`, `figures/`, `recipe.yaml`, `runs.html` and `index.html`.
+    """Write the files of the results: `trainings.csv`, `results.csv`, `table-NAME.md|csv|tex`, `figures/`, the pages.
 
     Returns:
         The page, `index.html`.
@@ -49,13 +49,16 @@ def write_results(
         for job in (training.before, training.job):
             if job is not None and not (job.folder / "report.html").exists():
                 report(job.folder)
+    scores = scores_of(trainings, results)
+    _write_csv(design.folder / "trainings.csv", scores.assign(run=_relative(design, scores["run"])))
     if tuning is not None:
         _write_csv(design.folder / "tuning.csv", tuning)
-    sections = [] if results.empty else _sections(design, trainings, results, stores)
-    write_report(_runs_page(design, trainings, results), design.folder / RUNS)
-    page = design.folder / "index.html"
-    write_report(_page(design, trainings, failures, [*sections, *_tuning(tuning), *_closing(design)]), page)
-    return page
+    key_figures, sections = ([], []) if results.empty else _measured(design, trainings, results, stores)
+    write_report(_runs_page(design, trainings, scores), design.folder / RUNS)
+    page = _page(design, trainings, failures)
+    page.key_figures, page.sections = key_figures, [*sections, *_tuning(tuning), *_closing(design)]
+    write_report(page, design.folder / "index.html")
+    return design.folder / "index.html"
 
 
 def _write_csv(path: Path, frame: pd.DataFrame) -> None:
@@ -63,18 +66,24 @@ def _write_csv(path: Path, frame: pd.DataFrame) -> None:
         frame.to_csv(temporary, index=False, float_format="%.6g")
 
 
-def _sections(
+def _relative(design: Experiment, folders: pd.Series) -> list[str]:
+    return [os.path.relpath(folder, design.out) for folder in folders]
+
+
+def _measured(
     design: Experiment, trainings: Sequence[Training], results: pd.DataFrame, stores: Mapping[Path, Store]
-) -> list[Section]:
-    """All that can be shown of what was measured; tables and figures are files of their own, too."""
-    shown = results.assign(run=[os.path.relpath(run, design.out) for run in results["run"]])
-    _write_csv(design.folder / "results.csv", shown)
+) -> tuple[list[tuple[str, str]], list[Section]]:
+    """Key figures, and all that can be shown of what was measured; tables and figures are files of their own, too."""
+    _write_csv(design.folder / "results.csv", results.assign(run=_relative(design, results["run"])))
     found = findings(design, results)
     tables, pictures = [], []
     for finding in found:
         for ending, written in (("md", markdown), ("csv", csv), ("tex", latex)):
             write_text(design.folder / f"table-{finding.name}.{ending}", written(finding.layout))
-        tables.append(_with_links(design, finding))
+        table = _with_links(design, finding)
+        # How to read them is long, and said once.
+        layout = finding.layout
+        tables.append(replace(table, note=f"{layout.note} {layout.caption}" if finding is found[0] else layout.note))
         pictures += _kept(design, finding.name, figures_of(design, finding))
     first = found[0]
     text = "Click a number to see its trainings. The tables are also files for papers: " + ", ".join(
@@ -89,7 +98,23 @@ def _sections(
         sections.append(Section("Pictures", pictures=grids))
     except GlocalError as error:
         sections.append(Section("Pictures", text=f"No pictures of cases: {error}"))
-    return sections
+    return _key_figures(design, first), sections
+
+
+def _key_figures(design: Experiment, finding: Finding) -> list[tuple[str, str]]:
+    """For the smallest budgets: the baseline, the best method, and by how much it is better."""
+    figures: list[tuple[str, str]] = []
+    for budget, rows in list(finding.summary.groupby("labels", sort=False))[:2]:
+        order = rows.sort_values("mean", ascending=not finding.higher_is_better)
+        shown = pd.concat([rows[rows["baseline"]].head(1), order.head(1)]).drop_duplicates()
+        figures += [
+            (f"{finding.label}, {row['method']}, {budget} labelled", f"{row['mean']:.3f}")
+            for row in shown.to_dict("records")
+        ]
+        best = order.iloc[0]
+        if pd.notna(best["difference"]):
+            figures.append((f"{best['method']} against the baseline, {budget} labelled", f"{best['difference']:+.3f}"))
+    return figures
 
 
 def _kept(design: Experiment, name: str, pictures: Any) -> list[Picture]:
@@ -145,13 +170,9 @@ def _ranks(design: Experiment, finding: Finding) -> Section | None:
     return Section("How sure is the order?", tables=[table], pictures=_kept(design, "ranks", pictures))
 
 
-def _runs_page(design: Experiment, trainings: Sequence[Training], results: pd.DataFrame) -> Report:
+def _runs_page(design: Experiment, trainings: Sequence[Training], scores: pd.DataFrame) -> Report:
     """The trainings behind every number, each with a link to its own report."""
-    dice: dict[Any, Any] = {}
-    if not results.empty:
-        last = results[results["checkpoint"] == "last"]
-        per_case = last.groupby(["run", "subject", "case"])["dice"].mean()
-        dice = per_case.groupby(["run", "subject"]).mean().groupby("run").mean().to_dict()
+    dice = scores.set_index("run")["dice"].to_dict()
     tables: dict[str, Table] = {}
     for training in trainings:
         anchor = _anchor(design, training.variant.axes)
@@ -159,7 +180,7 @@ def _runs_page(design: Experiment, trainings: Sequence[Training], results: pd.Da
         header = ["Training", "Split", "Draw", "Dice", "Pre-training"]
         table = tables.setdefault(anchor, Table(name, header, [], anchor=anchor))
         value = dice.get(str(training.job.folder))
-        score = "" if value is None else f"{value:.3f}"
+        score = "" if pd.isna(value) else f"{value:.3f}"
         before = _link(design, training.before.folder) if training.before else "none"
         row = [_link(design, training.job.folder), str(training.split.index), str(training.draw), score, before]
         table.rows = [*table.rows, row]
@@ -173,22 +194,18 @@ def _link(design: Experiment, folder: Path) -> str | Cell:
     return Cell(folder.name, href=quote(os.path.relpath(folder / "report.html", design.folder)))
 
 
-def _page(
-    design: Experiment, trainings: Sequence[Training], failures: Sequence[Failure], sections: Sequence[Section]
-) -> Report:
+def _page(design: Experiment, trainings: Sequence[Training], failures: Sequence[Failure]) -> Report:
     axes = {**design.axes, "split": {t.split.index for t in trainings}, "draw": {t.draw for t in trainings}}
     varied = ", ".join(f"{axis} ({len(options)})" for axis, options in axes.items() if len(options) > 1)
     done = sum(training.job.done() for training in trainings)
     summary = str(design.settings.get("summary", "")).strip()
     lead = f"{summary}\n\n{done} of {count(trainings, 'fine-tuning')} done. What varies: {varied or 'nothing'}."
-    protocol = design.variants[0].recipe.protocol
-    if protocol.transductive:
+    if design.transductive:
         lead += " Transductive: the images of test subjects, not their labels, were part of the pre-training."
     warnings = [f"{failure.job.folder.relative_to(design.out)}: {failure.reason}" for failure in failures]
     warnings += _warnings(design, trainings)
-    key_figures: list[tuple[str, str]] = []
     footer = f"Made by glocal {runs.environment()['glocal']}. Research software, not a medical device."
-    return Report(design.name, lead, key_figures, warnings, list(sections), footer)
+    return Report(design.name, lead, warnings=warnings, footer=footer)
 
 
 def _warnings(design: Experiment, trainings: Sequence[Training]) -> list[str]:

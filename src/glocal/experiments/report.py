@@ -10,7 +10,7 @@ from glocal import runs
 from glocal.data.store import Store
 from glocal.errors import GlocalError
 from glocal.experiments.sections import best_and_worst, closing, count, curve, curves_together, masks, measured, weights
-from glocal.experiments.tables import HEADINGS, caption, collect_results, paired, read_table, scores
+from glocal.experiments.tables import HEADINGS, budget_size, caption, collect_results, paired, read_table, scores
 from glocal.files import read_json
 from glocal.model import read_header
 from glocal.reporting.figures import paired_differences
@@ -124,16 +124,19 @@ def _lead(settings: dict[str, Any], store: Store, contenders: Sequence[str]) -> 
     before = f"pre-trained without labels ({', '.join(others)}), then " if others else ""
     text = (
         f"The dataset {store.name} has {len(store.volumes)} volumes, {labelled} of them labelled. "
-        f"A network was {before}fine-tuned on {_budget(finetuning.get('labels', 2))}"
+        f"A network was {before}fine-tuned on {_budget(finetuning.get('labels', 2), protocol['budget'])}"
     )
     if protocol["draws"] > 1:
-        text += f", chosen {protocol['draws']} times at random"
+        chosen = "" if finetuning.get("labels") in ("all", ["all"]) else "chosen "
+        text += f", {chosen}{protocol['draws']} times at random"
     if finetuning.get("validation"):
         text += f" (and {finetuning['validation']} more to choose the best checkpoint)"
     if others and "random" in contenders:
         text += ", and compared with the same training from random weights"
     if protocol["leave_one_out"]:
         text += ", once for each labelled subject, who was left out and then tested on (leave-one-out)"
+    elif protocol["folds"]:
+        text += f", in {protocol['folds']}-fold cross-validation by subject"
     elif protocol["splits"] > 1:
         text += f", in {protocol['splits']} splits of the subjects"
     text += "."
@@ -142,12 +145,11 @@ def _lead(settings: dict[str, Any], store: Store, contenders: Sequence[str]) -> 
     return text
 
 
-def _budget(labels: Any) -> str:
-    if isinstance(labels, list) and isinstance(labels[0], str):
-        return f"the labelled volumes {', '.join(labels)}"
-    several = isinstance(labels, list) or labels != 1
-    count = " or ".join(map(str, labels)) if isinstance(labels, list) else str(labels)
-    return f"{count} labelled volume{'s' if several else ''}"
+def _budget(labels: Any, unit: str) -> str:
+    budgets = labels if isinstance(labels, list) else [labels]
+    if "all" not in budgets and isinstance(budgets[0], str):
+        return f"the labelled volumes {', '.join(budgets)}"
+    return f"{' or '.join(map(str, budgets))} labelled {unit if budgets != [1] else unit.removesuffix('s')}"
 
 
 def _key_figures(run: Path) -> list[tuple[str, str]]:
@@ -185,7 +187,7 @@ def _comparison(run: Path, results: pd.DataFrame) -> Section:
 def _shown_training(run: Path, results: pd.DataFrame) -> Path:
     """The training with the median score of the best contender at the smallest budget: neither luck nor bad luck."""
     table = scores(results).query("checkpoint == 'last'")
-    table = table[table["labels"] == table["labels"].min()]
+    table = table[table["labels"] == min(table["labels"], key=budget_size)]
     best = table.groupby("contender")["dice"].mean().idxmax()
     mine = table[table["contender"] == best].sort_values("dice").reset_index()
     row = mine.iloc[(len(mine) - 1) // 2]

@@ -1,6 +1,7 @@
 """What the trainings of an experiment have measured, as tidy frames."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -60,3 +61,29 @@ def values_of(results: pd.DataFrame, axes: Sequence[str], table: TableOptions) -
             "best checkpoint needs finetune.validation, and distances need a spacing that is known."
         )
     return values
+
+
+def scores_of(trainings: Sequence[Training], results: pd.DataFrame) -> pd.DataFrame:
+    """One row per training of the plan: its place, its folder, and its Dice if it has been measured.
+
+    Returns:
+        The axes, split, draw, run, pretraining (folder's name), done, dice (of the last checkpoint: mean over classes,
+        then over a subject's cases, then over subjects).
+    """
+    dice: dict[Any, Any] = {}
+    if not results.empty:
+        last = results[results["checkpoint"] == "last"]
+        per_subject = last.groupby(["run", "subject", "case"])["dice"].mean().groupby(["run", "subject"]).mean()
+        dice = per_subject.groupby("run").mean().to_dict()
+    return pd.DataFrame(
+        [
+            {
+                **training.place,
+                "run": str(training.job.folder),
+                "pretraining": training.before.folder.name if training.before else "",
+                "done": training.job.done(),
+                "dice": dice.get(str(training.job.folder), float("nan")),
+            }
+            for training in trainings
+        ]
+    )

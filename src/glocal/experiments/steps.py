@@ -41,7 +41,7 @@ def pretrain_with(store: Path, run: Path, method: str, words: Sequence[str]) -> 
 
 
 def finetune_with(store: Path, run: Path, labels: str, pretrained: Path | None, words: Sequence[str]) -> Path:
-    """Fine-tune on `labels` (a number or cases) with `key=value` words; words of `protocol` say how cases are split."""
+    """Fine-tune on `labels` (`2`, `all`, cases) with `key=value` words; those of `protocol` say how cases are split."""
     from glocal.finetuning.finetune import finetune
 
     settings = parse_words(words)
@@ -55,15 +55,17 @@ def _refuse_twice(settings: Mapping[str, Any], key: str) -> None:
         raise GlocalError(f"{key}={settings[key]} is given beside --{key}: give it once, as --{key}.")
 
 
-def parse_labels(text: str) -> int | list[str]:
-    """`2` is a number of volumes, `CASE,CASE` are cases.
+def parse_labels(text: str) -> int | str | list[str]:
+    """`2` is a number of volumes, `all` are all there are, `CASE,CASE` are cases.
 
     Raises:
-        GlocalError: neither.
+        GlocalError: none of these.
     """
+    if text.strip() == "all":
+        return "all"
     if text.strip().isdigit() and int(text) > 0:
         return int(text)
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names or text.strip().lstrip("+-").replace(".", "").isdigit():
-        raise GlocalError(f"--labels {text!r} is neither a number of volumes from 1 on nor a list of cases.")
+        raise GlocalError(f"--labels {text!r} is neither a number of volumes from 1 on nor all nor a list of cases.")
     return names

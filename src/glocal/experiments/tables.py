@@ -1,5 +1,6 @@
 """The tables of a run: every measured row, one score per training, and differences paired with random."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ def collect_results(out: Path) -> pd.DataFrame:
     paths = sorted((out / "finetune").glob("split-*/*/labels-*/evaluation.csv"))
     for path in sorted(paths, key=lambda path: order[path.parent.parent.name]):  # contenders as the recipe has them
         settings, draw = runs.settings_of(path.parent), read_json(path.parent / "split.json")["draw"]
+        labels = settings["labels"]
         frame = pd.read_csv(path)
         facts = {
             "split": settings["split"],
             "contender": path.parent.parent.name,
-            "labels": len(draw["train"]),
-            "validation": len(draw["validation"]),
+            "labels": len(labels) if isinstance(labels, list) else labels,
+            "validation": settings["validation"],
             "draw": draw["index"],
         }
         for place, (key, value) in enumerate(facts.items()):
@@ -66,7 +68,9 @@ def summarise(table: pd.DataFrame) -> list[dict[str, Any]]:
     """One row per budget and contender, random first: mean and deviation of score and of difference to random."""
     rows = []
     differences = paired(table[table["checkpoint"] == "last"])
-    for (labels, validation), of_budget in table.groupby(["labels", "validation"], sort=True):
+    budgets = dict(list(table.groupby(["labels", "validation"], sort=False)))
+    for labels, validation in sorted(budgets, key=lambda budget: (budget_size(budget[0]), budget[1])):
+        of_budget = budgets[labels, validation]
         for contender in of_budget["contender"].unique():
             mine = of_budget[of_budget["contender"] == contender]
             last = mine[mine["checkpoint"] == "last"]["dice"]
@@ -88,6 +92,11 @@ def summarise(table: pd.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
+def budget_size(labels: Any) -> float:
+    """A budget for sorting: its number of labels; `all` comes after every number."""
+    return math.inf if labels == "all" else int(labels)
+
+
 def _spread(values: pd.Series, signed: bool = False) -> str:
     mean = f"{values.mean():+.3f}" if signed else f"{values.mean():.3f}"
     return f"{mean} ± {values.std(ddof=1):.3f}" if len(values) > 1 else mean
@@ -106,6 +115,8 @@ def caption(out: Path) -> str:
         "Differences are paired with random initialisation: same split, same labelled volumes. Draws of one split "
         "share test subjects and pre-trained weights, so they are no independent trials."
     )
+    if protocol["budget"] == "subjects":
+        words += " Labels are counted in subjects: each brings all its labelled volumes."
     if protocol["transductive"]:
         words += " Transductive: the images of test subjects were part of the pre-training."
     return words

@@ -8,13 +8,22 @@ from typing import Any
 
 import pandas as pd
 
-from glocal.data.split import shuffled
+from glocal.data.split import Member, shuffled
 from glocal.data.store import Store
 from glocal.errors import GlocalError
 from glocal.experiments.grid import TuneOptions, Variant, option_name
 from glocal.experiments.layout import TableOptions
 from glocal.experiments.plan import Training, plan
+from glocal.experiments.recipe import Recipe
 from glocal.experiments.results import collect, values_of
+from glocal.experiments.trainings import (
+    finetuning_settings,
+    pretraining_settings,
+    refuse_impossible_draws,
+    splits_of,
+)
+from glocal.finetuning.registry import finetuning_options
+from glocal.pretraining.registry import pretraining_options
 
 Settings = dict[str, Any]
 
@@ -36,9 +45,11 @@ def trials_of(variants: Sequence[Variant], options: TuneOptions) -> list[Trial]:
         GlocalError: a method has fewer settings to try, or a key or value does not fit.
     """
     found = []
-    for method, variant in {tuple(v.method.values()): v for v in reversed(variants)}.items():
-        keys = _keys_of(variant, options.keys)
-        grid = [dict(zip(keys, chosen, strict=True)) for chosen in product(*keys.values())]
+    firsts: dict[tuple[str, ...], Variant] = {}
+    for variant in variants:
+        firsts.setdefault(tuple(variant.method.values()), variant)
+    for method, variant in firsts.items():
+        grid = _grid(variant, options.keys)
         if len(grid) < options.trials - 1:
             raise GlocalError(
                 f"experiment.tune.trials={options.trials}, but {' + '.join(method)} has only {len(grid)} settings to "
@@ -52,6 +63,25 @@ def trials_of(variants: Sequence[Variant], options: TuneOptions) -> list[Trial]:
             tried = variant.given(settings).given({**short, "protocol.draws": options.draws})
             found.append(Trial(method, number, settings, Variant(places, tried.settings)))
     return sorted(found, key=lambda trial: trial.number)
+
+
+def _grid(variant: Variant, keys: Mapping[str, Sequence[Any]]) -> list[Settings]:
+    """All combinations of the values that train a method in another way than its own settings and each other."""
+    concerned = _keys_of(variant, keys)
+    found: list[tuple[Any, Settings]] = [(_effect(variant.recipe), {})]
+    for chosen in product(*concerned.values()):
+        settings = dict(zip(concerned, chosen, strict=True))
+        effect = _effect(variant.given(settings).recipe)
+        if effect not in [known for known, _ in found]:
+            found.append((effect, settings))
+    return [settings for _, settings in found[1:]]
+
+
+def _effect(recipe: Recipe) -> tuple[Any, ...]:
+    """All options that decide a training, defaults filled in."""
+    (contender,) = recipe.compare
+    before = None if contender == "random" else pretraining_options(pretraining_settings(recipe, contender))
+    return recipe.preprocess, before, finetuning_options(finetuning_settings(recipe, 1, 0))
 
 
 def _keys_of(variant: Variant, keys: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
@@ -69,19 +99,24 @@ def _keys_of(variant: Variant, keys: Mapping[str, Sequence[Any]]) -> dict[str, S
     return concerned
 
 
-def tuning_trainings(trials: Sequence[Trial], stores: Mapping[Path, Store], out: Path) -> list[Training]:
-    """The trainings of the trials, on split 0.
+def refuse_untunable(recipe: Recipe, members: Sequence[Member], given: dict[str, list[str]] | None) -> None:
+    """What is chosen must be chosen on somebody.
 
     Raises:
-        GlocalError: it has no development subjects.
+        GlocalError: split 0 has no labelled development subject, or not the labelled volumes that trials ask for.
     """
-    trainings = [t for t in plan([trial.variant for trial in trials], stores, out) if t.split.index == 0]
-    if any(not training.split.development for training in trainings):
+    refuse_impossible_draws(recipe, members, given)
+    labelled = {member.case for member in members if member.labelled}
+    if not labelled & set(splits_of(recipe, members, given)[0].development):
         raise GlocalError(
-            "experiment.tune chooses on development subjects, and the dataset names none: list some of its labelled "
-            "cases as `development` in its split.json."
+            "experiment.tune chooses settings on development subjects, and there are none: list some labelled cases "
+            "as `development` in the split.json of the dataset (which leave_one_out does not heed)."
         )
-    return trainings
+
+
+def tuning_trainings(trials: Sequence[Trial], stores: Mapping[Path, Store], out: Path) -> list[Training]:
+    """The trainings of the trials, on split 0."""
+    return [t for t in plan([trial.variant for trial in trials], stores, out) if t.split.index == 0]
 
 
 def judged(trials: Sequence[Trial], trainings: Sequence[Training]) -> pd.DataFrame:
@@ -112,9 +147,11 @@ def judged(trials: Sequence[Trial], trainings: Sequence[Training]) -> pd.DataFra
         for trial in trials
     ]
     frame = pd.DataFrame(rows)
-    for method, of_method in frame.groupby("method"):
+    folder_of = {tuple(training.variant.axes.values()): training.job.folder for training in trainings}
+    for method, of_method in frame.groupby("method", sort=False):
         if of_method["dice"].isna().all():
-            raise GlocalError(f"Every tuning trial of {method} has failed: see failure.txt in the folders named above.")
+            folder = folder_of[tuple(trials[of_method.index[0]].variant.axes.values())]
+            raise GlocalError(f"Every tuning trial of {method} has failed, so none can be chosen: look at {folder}.")
     best = frame.groupby("method")["dice"].idxmax()
     return frame.assign(chosen=frame.index.isin(best))
 

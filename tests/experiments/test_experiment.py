@@ -1,0 +1,499 @@
+"""A whole experiment on a tiny dataset: everything once, in good order, and honest about what is missing."""
+
+import html
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pandas as pd
+import pytest
+import yaml
+
+from glocal import runs
+from glocal.cli import main
+from glocal.data.store import Store
+from glocal.errors import Busy, GlocalError
+from glocal.experiments import estimate as measuring
+from glocal.experiments import experiment as whole_experiment
+from glocal.experiments import plan as planning
+from glocal.experiments import trainings as jobs_of_recipes
+from glocal.experiments.design import read_experiment
+from glocal.experiments.estimate import estimate
+from glocal.experiments.executors import Here
+from glocal.experiments.experiment import duration, experiment
+from glocal.experiments.jobs import Job
+from glocal.experiments.plan import jobs_of, plan, store_folder
+from glocal.files import read_json, write_json, write_text
+
+RECIPE: dict[str, Any] = {
+    "name": "first",
+    "summary": "A tiny experiment.",
+    "preprocess": {"size": [32, 32]},
+    "network": {"widths": [4, 8, 8]},
+    "device": "cpu",
+    "precision": "float32",
+    "max_iterations": 2,
+    "pretrain": {"pcl": {"method": "pcl", "batch": 6, "outputs": 8, "log": []}},
+    "finetune": {"batch": 2, "log": []},
+    "protocol": {"draws": 2},
+    "experiment": {"vary": {"contender": ["random", "pcl"], "labels": [1, 2]}, "statistics": {"resamples": 20}},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short() -> Iterator[None]:
+    """Reports of single trainings have their own tests, and a step need not be measured well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "report", lambda run: write_text(run / "report.html", "a report"))
+        patch.setattr(measuring, "FEW", 1)
+        patch.setattr(measuring, "MORE", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return written(tmp_path_factory.mktemp("recipe") / "tiny.yaml")
+
+
+def written(path: Path, **settings: Any) -> str:
+    path.write_text(yaml.safe_dump(RECIPE | settings, sort_keys=False))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def out(recipe: str, raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shared folder with a finished experiment, `first`: 2 contenders, 2 budgets, 2 draws."""
+    folder = tmp_path_factory.mktemp("experiments") / "out"
+    assert experiment(recipe, [f"data={raw}", f"out={folder}"], workers=1) == folder / "first" / "index.html"
+    return folder
+
+
+def trained(out: Path) -> set[str]:
+    """The folders of finished trainings."""
+    return {str(path.parent.relative_to(out)) for path in out.glob("*/*/manifest.json")}
+
+
+def times(out: Path) -> dict[Path, int]:
+    """When the files of all trainings were written last."""
+    folders = (out / "finetune", out / "pretrain")
+    return {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
+def links(page: Path) -> list[str]:
+    found = re.findall(r'href="([^"#]*(?:#[^"]+)?)"', page.read_text(encoding="utf-8"))
+    return [unquote(html.unescape(link)) for link in found if link]
+
+
+def refuse_training(*_: Any, **__: Any) -> None:
+    raise AssertionError("nothing is to be trained")
+
+
+def test_everything_is_there(out: Path) -> None:
+    names = {str(path.relative_to(out / "first")) for path in (out / "first").rglob("*") if path.is_file()}
+    files = {"index.html", "runs.html", "results.csv", "recipe.yaml", "table-dice.md", "table-dice.csv"}
+    assert files | {"table-dice.tex"} <= names
+    assert {name.split("-")[0] for name in names if name.startswith("figures/")} == {
+        "figures/dice",
+        "figures/structures",
+        "figures/pictures",
+    }
+    assert len(list((out / "finetune").iterdir())) == 8
+    assert len(list((out / "pretrain").iterdir())) == 1
+    assert len(list((out / "stores").iterdir())) == 1
+    assert not list(out.glob(".measuring-*"))
+    page = (out / "first" / "index.html").read_text(encoding="utf-8")
+    for text in ("A tiny experiment.", "8 of 8 fine-tunings done", "contender (2)", "inductive", "Settings"):
+        assert text in page, text
+    assert "nan" not in re.sub(r'data:[^"]+"', "", page).lower().split()
+
+
+def test_results_hold_a_row_for_every_case_and_structure(out: Path) -> None:
+    results = pd.read_csv(out / "first" / "results.csv", dtype=str)
+    keys = ["contender", "labels", "split", "draw", "case", "class"]
+    assert {tuple(row) for row in results[keys].itertuples(index=False)} == {
+        (contender, labels, "0", draw, "case5", structure)
+        for contender in ("random", "pcl")
+        for labels in ("1", "2")
+        for draw in ("0", "1")
+        for structure in ("wall", "blood")
+    }
+    assert len(results) == 16
+    # The table's mean, by hand.
+    ours = results[(results["contender"] == "pcl") & (results["labels"] == "2")]
+    table = pd.read_csv(out / "first" / "table-dice.csv", dtype={"contender": str, "labels": str})
+    cell = table[(table["contender"] == "pcl") & (table["labels"] == "2")].iloc[0]
+    assert cell["mean"] == pytest.approx(ours["dice"].astype(float).mean(), abs=1e-5)
+    assert (cell["trainings"], cell["splits"], cell["draws"], cell["subjects"]) == (2, 1, 2, 1)
+
+
+def test_draws_are_paired(out: Path) -> None:
+    results = pd.read_csv(out / "first" / "results.csv", dtype=str)
+    drawn: dict[tuple[str, str], set[tuple[str, ...]]] = {}
+    for row in results.to_dict("records"):
+        cases = read_json(out / row["run"] / "split.json")["draw"]["train"]
+        drawn.setdefault((row["labels"], row["draw"]), set()).add(tuple(cases))
+    assert {key: len(cases) for key, cases in drawn.items()} == dict.fromkeys(drawn, 1)
+    assert len(drawn) == 4
+
+
+def test_every_link_leads_somewhere(out: Path) -> None:
+    folder = out / "first"
+    ids = set(re.findall(r'id="([^"]+)"', (folder / "runs.html").read_text(encoding="utf-8")))
+    anchors = {link.partition("#")[2] for link in links(folder / "index.html") if link.startswith("runs.html#")}
+    assert anchors == {"random-1", "random-2", "pcl-1", "pcl-2"}
+    assert anchors <= {html.unescape(name) for name in ids}
+    leading = [link for link in links(folder / "runs.html") if not link.startswith("#")]
+    assert len(leading) == 8 + 4  # a pre-training is behind each of four
+    for link in leading:
+        assert (folder / link).is_file(), link
+
+
+def test_the_recipe_that_is_kept_is_the_experiment(out: Path) -> None:
+    kept = read_experiment(str(out / "first" / "recipe.yaml"))
+    assert [dict(v.axes) for v in kept.variants] == [
+        {"contender": contender, "labels": labels} for contender in ("random", "pcl") for labels in ("1", "2")
+    ]
+    assert (kept.name, kept.folder) == ("first", out / "first")
+
+
+def test_started_again_nothing_is_trained(
+    out: Path, recipe: str, raw: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("finetune", "pretrain"):
+        monkeypatch.setattr(jobs_of_recipes, name, refuse_training)
+    before, csv = times(out), (out / "first" / "results.csv").read_text(encoding="utf-8")
+    experiment(recipe, [f"data={raw}", f"out={out}"], workers=1)
+    assert times(out) == before
+    assert (out / "first" / "results.csv").read_text(encoding="utf-8") == csv
+    assert "Every training is done." in capfd.readouterr().err
+
+
+def test_a_dry_run_prints_the_plan_and_trains_nothing(
+    out: Path, recipe: str, raw: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = times(out)
+    words = ["name=dry", "experiment.vary.labels=[1,2,all]", "experiment.vary.contender=[random]"]
+    assert experiment(recipe, [f"data={raw}", f"out={out}", *words], workers=1, dry_run=True) is None
+    said = capfd.readouterr().err
+    assert "dry: 1 contender x 3 labels x 1 split x 2 draw; compared with contender=random." in said
+    assert re.search(r"fine-tuning, supervised +6 +2 ", said)
+    assert "2 of 6 trainings to do: about" in said
+    assert times(out) == before
+    assert not (out / "dry").exists()
+    assert not list(out.glob(".measuring-*"))
+
+
+def test_another_experiment_trains_only_what_is_new(
+    out: Path, recipe: str, raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One axis changed by a word, another name, the same folder: trainings and the store are shared."""
+    before, stores = times(out), list((out / "stores").iterdir())
+    words = ["name=second", "experiment.vary.labels=[2,all]", "experiment.vary.contender=[random]"]
+    page = experiment(recipe, [f"data={raw}", f"out={out}", *words], workers=1)
+    assert page == out / "second" / "index.html"
+    after = times(out)
+    assert {path: after[path] for path in before} == before
+    new = {path.parent for path in after.keys() - before.keys() if path.name == "manifest.json"}
+    assert len(new) == 2  # two draws of `all`
+    assert {read_json(folder / "split.json")["draw"]["train"][0] for folder in new} <= {"case0", "case1", "case2"}
+    results = pd.read_csv(out / "second" / "results.csv", dtype=str)
+    assert set(zip(results["contender"], results["labels"], strict=True)) == {("random", "2"), ("random", "all")}
+    assert list((out / "stores").iterdir()) == stores
+
+
+def test_an_interrupted_experiment_continues(
+    out: Path, recipe: str, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    finetune = jobs_of_recipes.finetune
+
+    def stopping(**arguments: Any) -> Path:
+        calls.append(arguments["run"])
+        if len(calls) == 3 + 2:  # the measurement is three trainings
+            raise KeyboardInterrupt
+        return finetune(**arguments)
+
+    words = [f"data={raw}", f"out={tmp_path / 'out'}", "experiment.vary.contender=[random]"]
+    words.append("experiment.vary.labels=[1]")
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs_of_recipes, "finetune", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            experiment(recipe, words, workers=1)
+    (done,) = trained(tmp_path / "out") - {f"stores/{path.name}" for path in (tmp_path / "out" / "stores").iterdir()}
+    before = times(tmp_path / "out" / done)
+    experiment(recipe, words, workers=1)
+    assert times(tmp_path / "out" / done) == before
+    continued, whole = (pd.read_csv(folder / "first" / "results.csv", dtype=str) for folder in (tmp_path / "out", out))
+    whole = whole[(whole["contender"] == "random") & (whole["labels"] == "1")].reset_index(drop=True)
+    pd.testing.assert_frame_equal(continued, whole)  # the same trainings, in folders of the same name
+    assert len(continued) == 4
+
+
+def test_an_experiment_that_runs_is_not_started_twice(out: Path, recipe: str, raw: Path) -> None:
+    with runs.held(out / "first"), pytest.raises(Busy, match="Another process is working in"):
+        experiment(recipe, [f"data={raw}", f"out={out}"], workers=1)
+
+
+def test_two_experiments_at_the_same_time_share_trainings(recipe: str, raw: Path, tmp_path: Path) -> None:
+    """Two processes, each with the whole command; a diary says what was trained where."""
+    code = (
+        "import sys\n"
+        "from glocal.cli import main\n"
+        "from glocal.experiments import estimate, jobs, plan\n"
+        "from glocal.files import write_text\n"
+        "from glocal.finetuning import finetune\n"
+        "from glocal.pretraining import pretrain\n"
+        "estimate.FEW, estimate.MORE, jobs.REST_SECONDS, jobs.LOOK_SECONDS = 1, 2, 0.1, 0.1\n"
+        "plan.report = lambda run: write_text(run / 'report.html', 'a report')\n"
+        "def noted(work, place):\n"
+        "    def wrapper(*arguments):\n"
+        "        open(sys.argv[0], 'a').write(f'{arguments[place]}\\n')\n"
+        "        return work(*arguments)\n"
+        "    return wrapper\n"
+        "finetune._train_and_measure = noted(finetune._train_and_measure, 1)\n"
+        "pretrain._train_stages = noted(pretrain._train_stages, 3)\n"
+        "sys.argv = [sys.argv[1], *sys.argv[2:]]\n"
+        "main()\n"
+    )
+    diary = tmp_path / "diary"
+    words = ["experiment", recipe, f"data={raw}", f"out={tmp_path / 'out'}", "experiment.vary.labels=[1]"]
+    command = [sys.executable, "-c", code, str(diary), *words, "--workers", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen([*command, f"name={name}"], stderr=subprocess.PIPE, text=True, env=environment)
+        for name in ("left", "right")
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    once = [line for line in diary.read_text().split() if ".measuring-" not in line]
+    assert len(once) == len(set(once)) == 5  # a pre-training, two contenders with two draws
+    left, right = (
+        (tmp_path / "out" / name / "table-dice.csv").read_text(encoding="utf-8") for name in ("left", "right")
+    )
+    assert left == right
+    assert "pcl" in left
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """`glocal WORDS` in this process: exit code and what was said."""
+
+    def run(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["glocal", *words])
+        with pytest.raises(SystemExit) as end:
+            main()
+        said = capfd.readouterr()
+        return int(end.value.code or 0), said.out + said.err
+
+    return run
+
+
+def test_what_failed_is_said_and_tried_again(
+    recipe: str,
+    raw: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shell: Callable[..., tuple[int, str]],
+) -> None:
+    """The label map of a case that only split 1 tests on breaks after preprocessing."""
+    own, out = shutil.copytree(raw, tmp_path / "raw"), tmp_path / "out"
+    words = [f"data={own}", f"out={out}", "protocol.splits=2", "protocol.draws=1", "experiment.vary.labels=[1]"]
+    design = read_experiment(recipe, words)
+    dataset = whole_experiment.preprocess(own, out / "stores" / "for-the-split", design.variants[0].recipe.preprocess)
+    stores = {store_folder(design.out, design.variants[0].recipe): dataset}
+    (victim,) = {t.split.test for t in plan(design.variants, stores, out) if t.split.index == 1}.pop()
+    shutil.rmtree(out)
+    label = own / "labelsTr" / f"{victim}.nii.gz"
+    healthy = label.read_bytes()
+    preprocess = whole_experiment.preprocess
+
+    def breaking(*arguments: Any) -> Store:
+        store = preprocess(*arguments)
+        label.write_bytes(b"broken")
+        return store
+
+    command = ["experiment", recipe, *words, "--workers", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_experiment, "preprocess", breaking)
+        code, said = shell(*command)
+    assert code == 2
+    assert "2 trainings of first failed or could not begin, first" in said
+    assert "the same command tries them again" in said.replace("\n", " ")
+    page = (out / "first" / "index.html").read_text(encoding="utf-8")
+    assert "2 of 4 fine-tunings done" in page
+    assert page.count(f"{victim}.nii.gz") >= 2  # the reason, for each of the two
+    assert "(not done)" in (out / "first" / "runs.html").read_text(encoding="utf-8")
+    assert set(pd.read_csv(out / "first" / "results.csv")["split"]) == {0}
+    notes = list((out / "finetune").glob("*/failure.txt"))
+    assert len(notes) == 2
+    assert all(victim in note.read_text(encoding="utf-8") for note in notes)
+    healthy_ones = {path: n for path, n in times(out).items() if not {note.parent for note in notes} & {*path.parents}}
+    label.write_bytes(healthy)
+    code, said = shell(*command)
+    assert code == 0, said
+    assert "| pcl |" in said
+    assert f"Page: {out / 'first' / 'index.html'}" in said.replace("\n", "")
+    assert "4 of 4 fine-tunings done" in (out / "first" / "index.html").read_text(encoding="utf-8")
+    assert set(pd.read_csv(out / "first" / "results.csv")["split"]) == {0, 1}
+    after = times(out)
+    assert {path: after[path] for path in healthy_ones} == healthy_ones
+
+
+def test_transductive_is_said_in_every_table(raw: Path, tmp_path: Path) -> None:
+    """With an axis of its own name, tables of two metrics, and names for options."""
+    methods = {"random": {"contender": "random"}, "slow": {"contender": "pcl", "finetune.learning_rate": 0.0001}}
+    tables = {name: {"rows": ["method"], "metric": name, "show": ["difference", "better"]} for name in ("dice", "hd95")}
+    varied = {"vary": {"method": methods, "labels": {1: {}}}, "tables": tables, "names": {"slow": "PCL, slow"}}
+    recipe = written(
+        tmp_path / "r.yaml",
+        protocol={"transductive": True},
+        experiment=varied | {"statistics": {"resamples": 20}},
+    )
+    page = experiment(recipe, [f"data={raw}", f"out={tmp_path / 'out'}"], workers=1)
+    assert page is not None
+    for name in ("dice", "hd95"):
+        for ending in ("md", "tex"):
+            assert "transductive" in (page.parent / f"table-{name}.{ending}").read_text(encoding="utf-8")
+        assert "PCL, slow" in (page.parent / f"table-{name}.md").read_text(encoding="utf-8")
+    assert "Transductive: the images of test subjects" in page.read_text(encoding="utf-8")
+    results = pd.read_csv(page.parent / "results.csv")
+    assert results.groupby("method")["transductive"].unique().map(list).to_dict() == {"random": [False], "slow": [True]}
+    anchors = {link.partition("#")[2] for link in links(page) if link.startswith("runs.html#")}
+    assert anchors == {"random", "slow"}
+    kept = read_experiment(str(page.parent / "recipe.yaml"))  # budgets that are keys of a mapping stay numbers
+    assert [(v.axes["method"], v.recipe.finetune["labels"]) for v in kept.variants] == [("random", 1), ("slow", 1)]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["experiment.vary.labels=[[case5]]", "protocol.draws=1"], "case5 belongs to a test or development subject"),
+        (["experiment.vary.labels=[[case4]]", "protocol.draws=1"], "case4 belongs to a test or development subject"),
+        (["protocol.draws=20"], "would label the same volumes"),
+        (["experiment.vary.labels=[4]"], "only 3 may be trained on"),
+        (["protocol.splits=50"], "use a smaller protocol.splits"),
+        (
+            ["protocol.folds=2", "protocol.leave_one_out=true"],
+            "folds and .*leave_one_out each say how subjects are split",
+        ),
+        (["experiment.vary.strategy=[mean_teacher]"], "strategy=mean_teacher"),
+        (
+            ["experiment.vary={finetune.batch: [2, 3]}", "experiment.tables.dice.metric=dice"],
+            "would mix 2, 3 in one cell",
+        ),
+        (["experiment.tables.dice.rows=[contendr]"], "did you mean 'contender'"),
+        (["experiment.tables.dice.metrik=dice"], "did you mean 'metric'"),
+        (["experiment.vari=[1]"], "experiment.vari is not a setting: did you mean 'vary'"),
+        (["experiment.baseline.contender=simclr"], "experiment.baseline names contender=simclr"),
+        (["name=finetune"], "name=finetune is a folder that experiments share"),
+        (["data=nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(
+    recipe: str, raw: Path, tmp_path: Path, words: list[str], sentence: str
+) -> None:
+    with pytest.raises(GlocalError, match=sentence) as refused:
+        experiment(recipe, [f"data={raw}", f"out={tmp_path / 'out'}", *words], workers=1)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_missing_is_said(recipe: str, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(GlocalError, match="Say which data: data=DATASET"):
+        experiment(recipe)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(GlocalError, match="start it without torchrun or srun"):
+        experiment(recipe, [f"data={raw}", f"out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_folds_test_on_every_labelled_subject_but_those_for_development(
+    recipe: str, raw: Path, store: Store, tmp_path: Path
+) -> None:
+    words = [f"data={raw}", f"out={tmp_path}", "protocol.folds=2", "protocol.draws=1", "experiment.vary.labels=[1]"]
+    design = read_experiment(recipe, words)
+    trainings = plan(design.variants, {store_folder(design.out, design.variants[0].recipe): store}, design.out)
+    assert [(t.split.index, t.variant.contender) for t in trainings] == [
+        (0, "random"),
+        (0, "pcl"),
+        (1, "random"),
+        (1, "pcl"),
+    ]
+    tested = [set(t.split.test) for t in trainings[::2]]
+    assert tested[0] | tested[1] == {"case0", "case1", "case2", "case5"}
+    assert not tested[0] & tested[1]
+    for training in trainings:
+        assert not set(training.split.pretrain) & (set(training.split.test) | {"case4"})
+    folders = [job.folder for job in jobs_of(trainings)]
+    assert len(set(folders)) == len(folders) == 6  # a pre-training of each fold's own
+    assert len({t.before.folder for t in trainings if t.before}) == 2
+
+
+def test_precision_is_decided_once_for_a_folder(recipe: str, raw: Path, tmp_path: Path) -> None:
+    words = [f"data={raw}", f"out={tmp_path}", "precision=auto"]
+    write_json(tmp_path / "machine.json", {"precision": "bfloat16"})
+    assert {v.recipe.precision for v in read_experiment(recipe, words).variants} == {"bfloat16"}
+    assert {v.recipe.precision for v in read_experiment(recipe, words[:2]).variants} == {"float32"}
+    assert {v.recipe.threads for v in read_experiment(recipe, words).variants} == {1}
+
+
+def fake(settings: Mapping[str, Any], folder: Path, work: Callable[..., Any]) -> Job:
+    return Job(work, {"settings": dict(settings), "store": Path("store"), "run": folder}, folder, 100)
+
+
+def quick(run: Path, settings: Mapping[str, Any], store: Path) -> None:
+    run.mkdir(parents=True)
+
+
+def stumble(run: Path, settings: Mapping[str, Any], store: Path) -> None:
+    raise GlocalError("This cannot be trained.")
+
+
+def test_an_estimate_groups_what_costs_the_same(tmp_path: Path) -> None:
+    base = {"strategy": "supervised", "labels": 1, "draw": 0, "seed": 0, "max_iterations": 100, "batch": 2}
+    same = [base, base | {"labels": 8}, base | {"draw": 1}, base | {"seed": 2}]
+    tuned = [fake(s, tmp_path / "finetune" / str(n), quick) for n, s in enumerate([*same, base | {"batch": 4}])]
+    before = fake({"method": "pcl"}, tmp_path / "pretrain" / "a", quick)
+    done = fake({"method": "gcl"}, tmp_path / "pretrain" / "b", stumble)  # a finished kind is not measured
+    for job in (done, tuned[0]):
+        write_json(job.folder / "manifest.json", {})
+    kinds = estimate([*tuned, before, done], Here(), tmp_path / "out")
+    assert [(k.name, len(k.jobs), len(k.open_jobs)) for k in kinds] == [
+        ("fine-tuning, supervised", 4, 3),
+        ("fine-tuning, supervised", 1, 1),
+        ("pre-training, pcl", 1, 1),
+        ("pre-training, gcl", 1, 0),
+    ]
+    assert kinds[0].seconds == pytest.approx(3 * (kinds[0].fixed + 100 * kinds[0].step))
+    assert kinds[3].seconds == 0
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_estimate_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(GlocalError, match=r"This cannot be trained\."):
+        estimate([fake({}, tmp_path / "finetune" / "a", stumble)], Here(), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_measured_step_is_the_difference_of_two_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that says 5 s for beginning and 2 s for each iteration of each of two stages."""
+    now = [0.0]
+
+    def work(run: Path, settings: Mapping[str, Any]) -> None:
+        for stage in ("stage-1-a", "stage-2-b"):
+            (run / stage).mkdir(parents=True)
+        now[0] += 5 + 2 * 2 * settings["max_iterations"] + 100 * (run.name == "warm")
+
+    monkeypatch.setattr(measuring.time, "monotonic", lambda: now[0])
+    measuring.measure(work, tmp_path, {"max_iterations": 1000})
+    assert read_json(tmp_path / "manifest.json") == pytest.approx({"step": 2.0, "fixed": 5.0})
+
+
+def test_durations_as_people_say_them() -> None:
+    assert [duration(s) for s in (0.4, 89, 91, 720, 7500)] == ["0 s", "89 s", "2 min", "12 min", "2 h 05 min"]

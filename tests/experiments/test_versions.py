@@ -1,0 +1,345 @@
+"""Results do not change unnoticed: a finished training is found again by the versions of what made it (see `identity`).
+
+A row of RECORDED is named after what is measured and the sum of the versions of all that takes part, so that it is out
+of date as soon as one of them is raised; a row of DEFAULTS after a component and its version. A failing test prints the
+row that should stand there.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from pydantic import BaseModel
+from torch import Tensor
+
+from glocal import engine, inference
+from glocal.data import prepare as preparing
+from glocal.data.image import Geometry, Volume
+from glocal.data.plan import Plan, PreprocessOptions
+from glocal.data.prepare import prepare, prepare_labels, restore
+from glocal.data.split import Split
+from glocal.data.store import Store
+from glocal.engine import TrainingOptions
+from glocal.evaluation import metrics
+from glocal.evaluation.metrics import METRICS, case_metrics
+from glocal.finetuning.finetune import finetune
+from glocal.finetuning.registry import STRATEGIES
+from glocal.inference import folded, slice_probabilities
+from glocal.networks.registry import NETWORKS, build
+from glocal.networks.unet import UNetOptions
+from glocal.pretraining.pretrain import pretrain
+from glocal.pretraining.registry import METHODS
+from glocal.randomness import generator
+from glocal.runs import settings_of
+from glocal.views import view
+from glocal.views.intensity import IntensityOptions
+from glocal.views.spatial import SpatialOptions
+from glocal.views.view import ViewOptions, draw_view
+
+RECORDED: dict[tuple[str, int], list[float]] = {
+    ("pcl", 7): [3.7036, 3.7976],
+    ("pcl, partitions", 7): [3.3248, 2.7197],
+    ("gcl", 7): [2.9305, 2.6044, 1.149, 0.36648],
+    ("gcl, G^R and L^D", 7): [3.4431, 2.5122, 2.0154, 1.2351],
+    ("gcl, G^D-", 7): [3.0598, 2.9667],
+    ("supervised", 6): [2.183, 2.0316],
+    ("supervised, Dice", 6): [0.74629, 0.71446],
+    ("slices", 1): [
+        0.47789,
+        0.30595,
+        0.2481,
+        0.25129,
+        0.24504,
+        0.48849,
+        0.12252,
+        0.13412,
+        0.2381,
+        0.47708,
+        0.11905,
+        0.13052,
+    ],
+    ("slices, resampled", 1): [
+        -0.01611,
+        0.97569,
+        0.01738,
+        0.027606,
+        0.27728,
+        0.50696,
+        0.13864,
+        0.15769,
+        0.2348,
+        0.47448,
+        0.1174,
+        0.12728,
+    ],
+    ("slices, window", 1): [
+        0.33471,
+        0.3827,
+        0.17012,
+        0.17512,
+        0.23909,
+        0.48534,
+        0.11962,
+        0.1327,
+        0.24505,
+        0.48914,
+        0.12258,
+        0.13284,
+    ],
+    ("view", 1): [0.5085, 0.30634, 0.25276, 0.25096, 0.40476, 0.58963, 0.20909, 0.19752],
+    ("prediction, unet", 3): [
+        0.36308,
+        0.1501,
+        0.18202,
+        0.1823,
+        0.31603,
+        0.16159,
+        0.15787,
+        0.15689,
+        0.85861,
+        0.84294,
+        0.42575,
+        0.42262,
+    ],
+    ("metrics", 1): [
+        0.68171,
+        0.51712,
+        5.6,
+        6.0,
+        1.1152,
+        0.80387,
+        0.61062,
+        0.43949,
+        5.1306,
+        5.7723,
+        1.4455,
+        0.74742,
+        1.0,
+        1.0,
+        0.0,
+        0.0,
+        0.0,
+        1.0,
+        0.0,
+        0.0,
+        69.663,
+        69.663,
+        69.663,
+        0.0,
+    ],
+}
+
+# Of pre-training methods and strategies those that are not the engine's.
+DEFAULTS: dict[str, dict[str, Any]] = yaml.safe_load("""
+engine 1: {seed: 0, precision: auto, threads: 0, deterministic: false, compile: false, max_iterations: 1000,
+  optimizer: adamw, learning_rate: 0.001, weight_decay: 0.01, warmup_iterations: 30, schedule: cosine}
+pcl 1: {max_iterations: 10000, optimizer: sgd, learning_rate: 0.01, weight_decay: 1.0e-05, method: pcl, network: {},
+  batch: 32, threshold: 0.11, position: pcl, labels: position, temperature: 0.1, scale: supcon, head: pooled, hidden:
+  512, outputs: 512, augmentation: {spatial: {rotation: 180.0, scale: [0.7, 1.3], flip: [0.5, 0.5], elastic: 4.0,
+  probability: 0.67}}}
+gcl 1: {max_iterations: 10000, optimizer: adam, weight_decay: 0.0, warmup_iterations: 0, schedule: constant, method:
+  gcl, network: {}, temperature: 0.1, strategy: D, batch: 20, volumes: 5, partitions: 4, originals: true, views:
+  auto, hidden: 1024, outputs: 128, augmentation: {spatial: {crop: [0.52, 0.52]}, intensity: {brightness: 0.3,
+  contrast: 0.3, clip: [0.0, 1.5]}}, local: random, local_batch: 10, blocks: 3, regions: 13, kernel: 3, projection:
+  true, negatives: neighbours, frozen_batch_norm: eval}
+supervised 1: {strategy: supervised, network: {}, labels: 2, validation: 0, draw: 0, batch: 10, loss: dice+ce,
+  evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1, shift: 0.15,
+  elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}}}
+unet 1: {name: unet, widths: [16, 32, 64, 128, 128, 128]}
+spatial 1: {rotation: 0.0, scale: [1.0, 1.0], anisotropy: 0.0, shift: 0.0, crop: [1.0, 1.0], flip: [0.0, 0.0],
+  elastic: 0.0, elastic_grid: 6, probability: 1.0}
+intensity 1: {brightness: 0.0, contrast: 0.0, gamma: [1.0, 1.0], noise: 0.0, blur: 0.0, clip: null, probability: 1.0}
+preprocessing 1: {n4: false, intensity: percentile, percentiles: [1.0, 99.0], clip: true, window: null, slice_axis:
+  auto, spacing: null, spacing_known: true, field: null}
+""")
+
+TOLERANCE = 1e-3  # relative: other processors and versions of PyTorch round in other ways
+# Learning rates at which three steps tell one optimiser from another, and the widths of small heads.
+QUICK = {"max_iterations": 3, "warmup_iterations": 2, "learning_rate": 0.005}
+PCL = {"method": "pcl", "batch": 8, "outputs": 8}
+GCL = {"method": "gcl", "volumes": 2, "hidden": 16, "outputs": 8, "local_batch": 3, "blocks": 1}
+TRAININGS: dict[str, dict[str, Any]] = {
+    "pcl": PCL,
+    "pcl, partitions": {**PCL, "labels": "partition", "head": "flat", "hidden": 16, "scale": "none"},
+    "gcl": GCL,
+    "gcl, G^R and L^D": {**GCL, "strategy": "random", "batch": 6, "local": "D", "kernel": 1, "regions": 9},
+    "gcl, G^D-": {**GCL, "strategy": "D-", "local": "none", "schedule": "cosine"},
+    "supervised": {"strategy": "supervised", "labels": 2, "batch": 6},
+    "supervised, Dice": {
+        "strategy": "supervised",
+        "labels": "all",
+        "batch": 6,
+        "loss": "dice",
+        "optimizer": "sgd",
+        "learning_rate": 0.5,
+    },
+}
+SPLIT = Split(0, ("case0", "case1", "case2", "case3"), ("case4",), ("case5",))
+
+
+def compare(what: str, versions: Mapping[str, int], values: Sequence[float]) -> None:
+    """Fail if `what` is not what was recorded of these versions."""
+    key = (what, sum(versions.values()))
+    now = [float(f"{value:.5g}") for value in values]
+    made_by = ", ".join(f"{name} {version}" for name, version in versions.items())
+    assert key in RECORDED, f"{what} is not recorded of these versions ({made_by}): record {key}: {now},"
+    same = len(now) == len(RECORDED[key]) and np.allclose(now, RECORDED[key], rtol=TOLERANCE, atol=TOLERANCE / 10)
+    assert same, (
+        f"The results of {what} have changed, from {RECORDED[key]} to {now}, so finished trainings would be taken for "
+        f"what they are not: if this is meant, raise the VERSION (or version) of the component that changed, one of "
+        f"{made_by}, and record the new values."
+    )
+
+
+def moments(x: Tensor) -> list[float]:
+    """Mean, deviation, and how far values lie to the right and to the bottom: `(..., H, W)`."""
+    x = x.double()
+    down, right = (torch.linspace(0, 1, side, dtype=x.dtype) for side in x.shape[-2:])
+    return [float(m) for m in (x.mean(), x.std(), (x * right).mean(), (x * down[:, None]).mean())]
+
+
+def test_every_component_is_recorded() -> None:
+    assert {name.partition(",")[0] for name in TRAININGS} == {*METHODS, *STRATEGIES}
+    assert TINY.keys() == NETWORKS.keys()
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_three_steps_of_training(name: str, store: Store, cheap: dict[str, Any], tmp_path: Path) -> None:
+    settings = {**cheap, **QUICK, **TRAININGS[name]}
+    work: Any = pretrain if "method" in settings else finetune
+    work(store, tmp_path, settings, split=SPLIT)
+    values = []
+    for log in sorted(tmp_path.glob("**/metrics.jsonl")):
+        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        assert [line["iteration"] for line in lines] == [1, 3]
+        values += [line["loss"] for line in lines]
+    # Masks and figures have rows of their own.
+    parts = {key: v for key, v in settings_of(tmp_path)["versions"].items() if key not in ("inference", "metrics")}
+    compare(name, {**parts, "preprocessing": preparing.VERSION}, values)
+
+
+def waves(*shape: int) -> Tensor:
+    """Something smooth with values about 0 to 1, `shape`, in float32: no random numbers, no files."""
+    places = torch.meshgrid(*(torch.linspace(0, 1, side, dtype=torch.float64) for side in shape), indexing="ij")
+    phase = sum((2.3 + 1.7 * k) * place for k, place in enumerate(places))
+    return (0.5 + 0.4 * torch.sin(phase) + 0.2 * places[-1] * places[-2]).float()
+
+
+def ball(shape: tuple[int, int, int], radius: float, right: float = 0.0) -> Any:
+    """A label map `(z, y, x)`: a ball (1) with a core (2), its centre a little off the middle."""
+    z, y, x = np.mgrid[tuple(slice(-1, 1, side * 1j) for side in shape)]
+    distance = np.sqrt(z**2 + (y - 0.1) ** 2 + (x - right) ** 2)
+    return (distance < radius).astype(np.uint8) + (distance < radius / 2)
+
+
+GEOMETRY = Geometry((30, 26, 7), (1.4, 1.4, 6.0))
+LABELS = {"background": 0, "shell": 1, "core": 2}
+
+
+def plan_of(**options: Any) -> Plan:
+    whole = PreprocessOptions(**{"size": (24, 24), **options})
+    return Plan(options=whole, channels=1, labels=LABELS, slice_axis="z", axes=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("slices", {}),
+        ("slices, resampled", {"spacing": (1.1, 1.3), "field": (28, 32), "intensity": "zscore", "clip": False}),
+        ("slices, window", {"intensity": "window", "window": (300, 900), "field": (20, 40)}),
+    ],
+)
+def test_slices_of_a_volume_and_the_way_back(name: str, options: dict[str, Any]) -> None:
+    plan = plan_of(**options)
+    prepared = prepare(Volume(1000 * waves(1, 7, 26, 30).numpy(), GEOMETRY), plan)
+    labels = prepare_labels(Volume(ball((7, 26, 30), 0.8)[None], GEOMETRY), prepared.undo, plan)
+    back = restore([torch.nn.functional.one_hot(labels.long(), 3).movedim(-1, 1)], prepared.undo)
+    values = [*moments(prepared.images), *moments(labels), *moments(torch.from_numpy(back))]
+    compare(name, {"preprocessing": preparing.VERSION}, values)
+
+
+def test_a_view() -> None:
+    options = ViewOptions(
+        spatial=SpatialOptions(
+            rotation=40, scale=(0.8, 1.3), anisotropy=0.2, shift=0.1, crop=(0.6, 0.9), flip=(0.5, 0.5), elastic=2.0
+        ),
+        intensity=IntensityOptions(
+            brightness=0.2, contrast=0.3, gamma=(0.7, 1.5), noise=0.05, blur=1.0, clip=(0, 1.5), probability=0.9
+        ),
+    )
+    drawn = draw_view(options, 6, (24, 28), generator(1, "view"))
+    labels = torch.from_numpy(ball((6, 24, 28), 0.8)).long()
+    values = [*moments(drawn.image(waves(6, 2, 24, 28))), *moments(drawn.labels(labels))]
+    compare("view", {"views": view.VERSION}, values)
+
+
+TINY = {"unet": UNetOptions(widths=(4, 8, 8))}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_prediction(name: str) -> None:
+    torch.manual_seed(2)
+    network = build(TINY[name], 1, 3)
+    images = waves(7, 1, 24, 24)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    network(images)  # the statistics of its batch norms, so that classes differ
+    (probabilities,) = slice_probabilities(folded(network), images, torch.device("cpu"))
+    undo = prepare(Volume(waves(1, 7, 26, 30).numpy(), GEOMETRY), plan_of()).undo
+    mask = torch.from_numpy(restore([probabilities], undo))
+    values = [*moments(probabilities[:, 0]), *moments(probabilities[:, 1]), *moments(mask)]
+    versions = {name: NETWORKS[name].version, "inference": inference.VERSION, "preprocessing": preparing.VERSION}
+    compare(f"prediction, {name}", versions, values)
+
+
+def test_figures_of_a_prediction() -> None:
+    truth, prediction = ball((7, 26, 30), 0.8), ball((7, 26, 30), 0.7, right=0.15)
+    rows = case_metrics(prediction, truth, {"shell": 1, "core": 2, "absent": 3}, (1.4, 1.4, 6.0), tolerance=2.0)
+    missed = case_metrics(0 * prediction, truth, {"core": 2}, (1.4, 1.4, 6.0))
+    values = [float(row[metric]) for row in [*rows, *missed] for metric in METRICS]
+    compare("metrics", {"metrics": metrics.VERSION}, values)
+
+
+OPTIONS: dict[str, tuple[type[BaseModel], int]] = {
+    "engine": (TrainingOptions, engine.VERSION),
+    **{name: (method.options, method.version) for name, method in METHODS.items()},
+    **{name: (strategy.options, strategy.version) for name, strategy in STRATEGIES.items()},
+    **{name: (type(options), NETWORKS[name].version) for name, options in TINY.items()},
+    "spatial": (SpatialOptions, view.VERSION),
+    "intensity": (IntensityOptions, view.VERSION),
+    "preprocessing": (PreprocessOptions, preparing.VERSION),
+}
+
+
+def defaults(kind: type[BaseModel]) -> dict[str, Any]:
+    """Every default as a recipe would say it; of options within options what is not at their own defaults."""
+    fields = {name: field for name, field in kind.model_fields.items() if name not in ("device", "log")}
+    found = {name: field.default for name, field in fields.items() if not field.is_required()}
+    plain: dict[str, Any] = json.loads(
+        json.dumps(found, default=lambda options: options.model_dump(exclude_defaults=True))
+    )
+    return plain
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_defaults_have_versions_too(name: str) -> None:
+    """Identities leave out what is at its default, so that a key may be added; so no default may change silently."""
+    kind, version = OPTIONS[name]
+    now, base = defaults(kind), {}
+    if issubclass(kind, TrainingOptions) and name != "engine":
+        base = DEFAULTS.get(f"engine {engine.VERSION}", {})
+    own = json.dumps({key: value for key, value in now.items() if (key, value) not in base.items()})
+    key = f"{name} {version}"
+    assert key in DEFAULTS, f"The defaults of {name} are not recorded of this version: record\n{key}: {own}"
+    recorded = base | DEFAULTS[key]
+    changed = {key: now.get(key, "gone") for key in recorded if now.get(key, "gone") != recorded[key]}
+    assert not changed, (
+        f"Defaults of {name} have changed: {changed}, so finished trainings that had the old ones would be taken for "
+        f"new ones: if this is meant, raise its version and record\n{name} {version + 1}: {own}"
+    )
