@@ -148,7 +148,9 @@ def _located(kind: type[BaseModel], location: Sequence[int | str]) -> tuple[list
         fields = {name: field.annotation for model in models for name, field in model.model_fields.items()}
         if part in fields:
             models, free = list(_models(fields[str(part)])), get_origin(fields[str(part)]) is dict
-        elif not (free and isinstance(part, str)):
+        elif free and isinstance(part, str):
+            free = False  # below a key that people choose, the keys are known again
+        else:
             break
         path.append(str(part))
     return path, [name for model in models for name in model.model_fields]

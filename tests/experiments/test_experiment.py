@@ -146,7 +146,7 @@ def test_every_link_leads_somewhere(out: Path) -> None:
     folder = out / "first"
     ids = set(re.findall(r'id="([^"]+)"', (folder / "runs.html").read_text(encoding="utf-8")))
     anchors = {link.partition("#")[2] for link in links(folder / "index.html") if link.startswith("runs.html#")}
-    assert anchors == {"random-1", "random-2", "pcl-1", "pcl-2"}
+    assert anchors == {"random|1", "random|2", "pcl|1", "pcl|2"}
     assert anchors <= {html.unescape(name) for name in ids}
     leading = [link for link in links(folder / "runs.html") if not link.startswith("#")]
     assert len(leading) == 8 + 4  # a pre-training is behind each of four
@@ -181,7 +181,7 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(
     words = ["name=dry", "experiment.vary.labels=[1,2,all]", "experiment.vary.contender=[random]"]
     assert experiment(recipe, [f"data={raw}", f"out={out}", *words], workers=1, dry_run=True) is None
     said = capfd.readouterr().err
-    assert "dry: 1 contender x 3 labels x 1 split x 2 draw; compared with contender=random." in said
+    assert "dry: contender (1) x labels (3) x split (1) x draw (2); compared with contender=random." in said
     assert re.search(r"fine-tuning, supervised +6 +2 ", said)
     assert "2 of 6 trainings to do: about" in said
     assert times(out) == before
@@ -475,9 +475,10 @@ def test_an_estimate_groups_what_costs_the_same(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_an_estimate_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(GlocalError, match=r"This cannot be trained\."):
-        estimate([fake({}, tmp_path / "finetune" / "a", stumble)], Here(), tmp_path / "out")
+def test_what_cannot_be_trained_is_known_before_hours_are_spent(tmp_path: Path) -> None:
+    (kind,) = estimate([fake({}, tmp_path / "finetune" / "a", stumble)], Here(), tmp_path / "out")
+    assert kind.problem.startswith("This cannot be trained.")
+    assert kind.seconds == 0
     assert not list((tmp_path / "out").iterdir())
 
 

@@ -41,98 +41,25 @@ from glocal.views.intensity import IntensityOptions
 from glocal.views.spatial import SpatialOptions
 from glocal.views.view import ViewOptions, draw_view
 
-RECORDED: dict[tuple[str, int], list[float]] = {
-    ("pcl", 7): [3.7036, 3.7976],
-    ("pcl, partitions", 7): [3.3248, 2.7197],
-    ("gcl", 7): [2.9305, 2.6044, 1.149, 0.36648],
-    ("gcl, G^R and L^D", 7): [3.4431, 2.5122, 2.0154, 1.2351],
-    ("gcl, G^D-", 7): [3.0598, 2.9667],
-    ("supervised", 6): [2.183, 2.0316],
-    ("supervised, Dice", 6): [0.74629, 0.71446],
-    ("slices", 1): [
-        0.47789,
-        0.30595,
-        0.2481,
-        0.25129,
-        0.24504,
-        0.48849,
-        0.12252,
-        0.13412,
-        0.2381,
-        0.47708,
-        0.11905,
-        0.13052,
-    ],
-    ("slices, resampled", 1): [
-        -0.01611,
-        0.97569,
-        0.01738,
-        0.027606,
-        0.27728,
-        0.50696,
-        0.13864,
-        0.15769,
-        0.2348,
-        0.47448,
-        0.1174,
-        0.12728,
-    ],
-    ("slices, window", 1): [
-        0.33471,
-        0.3827,
-        0.17012,
-        0.17512,
-        0.23909,
-        0.48534,
-        0.11962,
-        0.1327,
-        0.24505,
-        0.48914,
-        0.12258,
-        0.13284,
-    ],
-    ("view", 1): [0.5085, 0.30634, 0.25276, 0.25096, 0.40476, 0.58963, 0.20909, 0.19752],
-    ("prediction, unet", 3): [
-        0.36308,
-        0.1501,
-        0.18202,
-        0.1823,
-        0.31603,
-        0.16159,
-        0.15787,
-        0.15689,
-        0.85861,
-        0.84294,
-        0.42575,
-        0.42262,
-    ],
-    ("metrics", 1): [
-        0.68171,
-        0.51712,
-        5.6,
-        6.0,
-        1.1152,
-        0.80387,
-        0.61062,
-        0.43949,
-        5.1306,
-        5.7723,
-        1.4455,
-        0.74742,
-        1.0,
-        1.0,
-        0.0,
-        0.0,
-        0.0,
-        1.0,
-        0.0,
-        0.0,
-        69.663,
-        69.663,
-        69.663,
-        0.0,
-    ],
-}
+RECORDED: dict[str, list[float]] = yaml.safe_load("""
+pcl 7: [3.7036, 3.7976]
+pcl, partitions 7: [3.3248, 2.7197]
+gcl 7: [2.9305, 2.5759, 1.0998, 0.67347]
+gcl, G^R and L^D 7: [3.4431, 2.5204, 1.8524, 1.202]
+gcl, G^D- 7: [3.0598, 2.9667]
+supervised 6: [2.183, 2.0316]
+supervised, Dice 6: [0.7481, 0.73567]
+slices 1: [0.47789, 0.30595, 0.2481, 0.25129, 0.24504, 0.48849, 0.12252, 0.13412, 0.2381, 0.47708, 0.11905, 0.13052]
+slices, resampled 1: [-0.01611, 0.97569, 0.01738, 0.027606, 0.27728, 0.50696, 0.13864, 0.15769, 0.2348, 0.47448,
+  0.1174, 0.12728]
+slices, window 1: [0.33471, 0.3827, 0.17012, 0.17512, 0.23909, 0.48534, 0.11962, 0.1327, 0.24505, 0.48914, 0.12258,
+  0.13284]
+view 1: [0.5085, 0.30634, 0.25276, 0.25096, 0.40476, 0.58963, 0.20909, 0.19752]
+prediction, unet 3: [0.36308, 0.1501, 0.18202, 0.1823, 0.31603, 0.16159, 0.15787, 0.15689, 0.85861, 0.84294, 0.42575,
+  0.42262]
+metrics 1: [0.68171, 0.51712, 5.6, 6.0, 1.1152, 0.80387, 0.61062, 0.43949, 5.1306, 5.7723, 1.4455, 0.74742, 1.0, 1.0,
+  0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 69.663, 69.663, 69.663, 0.0]
+""")
 
 # Of pre-training methods and strategies those that are not the engine's.
 DEFAULTS: dict[str, dict[str, Any]] = yaml.safe_load("""
@@ -163,31 +90,27 @@ TOLERANCE = 1e-3  # relative: other processors and versions of PyTorch round in 
 QUICK = {"max_iterations": 3, "warmup_iterations": 2, "learning_rate": 0.005}
 PCL = {"method": "pcl", "batch": 8, "outputs": 8}
 GCL = {"method": "gcl", "volumes": 2, "hidden": 16, "outputs": 8, "local_batch": 3, "blocks": 1}
+# What is next to 0 (biases before a batch norm) Adam moves as far as anything else, to where rounding says; the second
+# stage, where batch norms no longer take this away, would show it.
+SGD = {"optimizer": "sgd", "learning_rate": 0.01}
 TRAININGS: dict[str, dict[str, Any]] = {
     "pcl": PCL,
     "pcl, partitions": {**PCL, "labels": "partition", "head": "flat", "hidden": 16, "scale": "none"},
-    "gcl": GCL,
-    "gcl, G^R and L^D": {**GCL, "strategy": "random", "batch": 6, "local": "D", "kernel": 1, "regions": 9},
+    "gcl": {**GCL, **SGD},
+    "gcl, G^R and L^D": {**GCL, **SGD, "strategy": "random", "batch": 6, "local": "D", "kernel": 1, "regions": 9},
     "gcl, G^D-": {**GCL, "strategy": "D-", "local": "none", "schedule": "cosine"},
     "supervised": {"strategy": "supervised", "labels": 2, "batch": 6},
-    "supervised, Dice": {
-        "strategy": "supervised",
-        "labels": "all",
-        "batch": 6,
-        "loss": "dice",
-        "optimizer": "sgd",
-        "learning_rate": 0.5,
-    },
+    "supervised, Dice": {**SGD, "learning_rate": 0.1, "strategy": "supervised", "labels": "all", "loss": "dice"},
 }
 SPLIT = Split(0, ("case0", "case1", "case2", "case3"), ("case4",), ("case5",))
 
 
 def compare(what: str, versions: Mapping[str, int], values: Sequence[float]) -> None:
     """Fail if `what` is not what was recorded of these versions."""
-    key = (what, sum(versions.values()))
+    key = f"{what} {sum(versions.values())}"
     now = [float(f"{value:.5g}") for value in values]
     made_by = ", ".join(f"{name} {version}" for name, version in versions.items())
-    assert key in RECORDED, f"{what} is not recorded of these versions ({made_by}): record {key}: {now},"
+    assert key in RECORDED, f"{what} is not recorded of these versions ({made_by}): record\n{key}: {now}"
     same = len(now) == len(RECORDED[key]) and np.allclose(now, RECORDED[key], rtol=TOLERANCE, atol=TOLERANCE / 10)
     assert same, (
         f"The results of {what} have changed, from {RECORDED[key]} to {now}, so finished trainings would be taken for "

@@ -18,12 +18,13 @@ FEW, MORE = 2, 22  # iterations of the two short trainings whose difference is m
 
 @dataclass(frozen=True)
 class Kind:
-    """Trainings that cost the same: what they are called, how many, their iterations, seconds a training."""
+    """Trainings that cost the same: seconds per iteration, and beside them for loading, predicting and measuring."""
 
     name: str
     jobs: tuple[Job, ...]
-    step: float
-    fixed: float  # loading, predicting and measuring
+    step: float = 0.0
+    fixed: float = 0.0
+    problem: str = ""  # why it could not be measured, and so most likely will fail
 
     @property
     def open_jobs(self) -> list[Job]:
@@ -44,8 +45,8 @@ def estimate(jobs: Sequence[Job], executor: Executors, out: Path) -> list[Kind]:
         executor: where they will run.
         out: a folder that the workers see, too.
 
-    Raises:
-        GlocalError: what a training refuses; so this is said before hours are spent.
+    Returns:
+        Every kind; what one of its trainings refuses is its `problem`, known before hours are spent.
     """
     kinds: dict[str, list[Job]] = {}
     for job in jobs:
@@ -55,12 +56,13 @@ def estimate(jobs: Sequence[Job], executor: Executors, out: Path) -> list[Kind]:
     try:
         open_kinds = {kind: found for kind, found in kinds.items() if not all(job.done() for job in found)}
         probes = {kind: _probe(found[0], folder / str(n)) for n, (kind, found) in enumerate(open_kinds.items())}
-        do(list(probes.values()), "Measuring a step", executor)
-        times = {kind: read_json(probe.folder / "manifest.json") for kind, probe in probes.items()}
+        failures = do(list(probes.values()), "Measuring a step", executor, keep_going=True)
+        facts = {kind: read_json(probe.folder / "manifest.json") for kind, probe in probes.items() if probe.done()}
     finally:
         rmtree(folder, ignore_errors=True)
-    nothing = {"step": 0.0, "fixed": 0.0}
-    return [Kind(_name(found[0]), tuple(found), **times.get(kind, nothing)) for kind, found in kinds.items()]
+    problems = {failure.job.folder: failure.reason for failure in failures}
+    facts |= {kind: {"problem": problems[p.folder]} for kind, p in probes.items() if p.folder in problems}
+    return [Kind(_name(found[0]), tuple(found), **facts.get(kind, {})) for kind, found in kinds.items()]
 
 
 def _kind(job: Job) -> str:
@@ -83,7 +85,7 @@ def _probe(job: Job, folder: Path) -> Job:
 
 
 def measure(work: Work, folder: Path, settings: dict[str, Any], **arguments: Any) -> None:
-    """Time two short trainings, after one that is not timed; write seconds per iteration (`step`) and beside (`fixed`)."""
+    """Time two trainings after one that is not timed; write seconds per iteration (`step`) and beside (`fixed`)."""
     seconds = []
     for run, iterations in (("warm", FEW), ("few", FEW), ("more", MORE)):  # the first pays for imports and for files
         started = time.monotonic()

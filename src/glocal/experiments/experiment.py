@@ -111,7 +111,7 @@ def _say(
 ) -> None:
     """The plan: what varies, how many trainings of each kind, how many of them are done, and the time that is left."""
     axes = {**design.axes, "split": {str(t.split.index) for t in trainings}, "draw": {str(t.draw) for t in trainings}}
-    varied = " x ".join(f"{len(options)} {axis}" for axis, options in axes.items())
+    varied = " x ".join(f"{axis} ({len(options)})" for axis, options in axes.items())
     console.print(f"{design.name}: {varied}; compared with {_words(design.baseline)}.", soft_wrap=True, highlight=False)
     if searching:
         console.print(
@@ -123,6 +123,10 @@ def _say(
         figures = (f"{kind.step:.3f}", duration(kind.seconds)) if left else ("", "")
         table.add_row(kind.name, str(len(kind.jobs)), str(left), *figures)
     console.print(table)
+    for kind in kinds:
+        if kind.problem:
+            text = f"Warning: {kind.name} cannot be done: {kind.problem}"
+            console.print(text, style="yellow", markup=False, soft_wrap=True)
     left = sum(len(kind.open_jobs) for kind in kinds)
     slots = max(1, executor.slots())
     seconds = sum(kind.seconds for kind in kinds) / slots

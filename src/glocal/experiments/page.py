@@ -21,6 +21,7 @@ from glocal.experiments.report import report
 from glocal.experiments.results import collect, scores_of
 from glocal.experiments.sections import count
 from glocal.files import replacing, write_bytes, write_text
+from glocal.finetuning.finetune import TRANSDUCTIVE
 from glocal.progress import track
 from glocal.reporting.html import Cell, Picture, Report, Section, Table, write_report
 from glocal.reporting.typeset import csv, html_table, latex, markdown
@@ -83,7 +84,8 @@ def _measured(
         table = _with_links(design, finding)
         # How to read them is long, and said once.
         layout = finding.layout
-        tables.append(replace(table, note=f"{layout.note} {layout.caption}" if finding is found[0] else layout.note))
+        rest = layout.caption if finding is found[0] else TRANSDUCTIVE if design.transductive else ""
+        tables.append(replace(table, note=f"{layout.note} {rest}"))
         pictures += _kept(design, finding.name, figures_of(design, finding))
     first = found[0]
     text = "Click a number to see its trainings. The tables are also files for papers: " + ", ".join(
@@ -145,7 +147,7 @@ def _with_links(design: Experiment, finding: Finding) -> Table:
 
 def _anchor(design: Experiment, place: Mapping[Any, Any]) -> str:
     """The place of a cell as the end of a link: its options on the axes that vary."""
-    return "-".join(str(place[axis]) for axis, options in design.axes.items() if len(options) > 1) or "all"
+    return "|".join(str(place[axis]) for axis, options in design.axes.items() if len(options) > 1) or "all"
 
 
 def _ranks(design: Experiment, finding: Finding) -> Section | None:
@@ -201,7 +203,7 @@ def _page(design: Experiment, trainings: Sequence[Training], failures: Sequence[
     summary = str(design.settings.get("summary", "")).strip()
     lead = f"{summary}\n\n{done} of {count(trainings, 'fine-tuning')} done. What varies: {varied or 'nothing'}."
     if design.transductive:
-        lead += " Transductive: the images of test subjects, not their labels, were part of the pre-training."
+        lead += f" {TRANSDUCTIVE}"
     warnings = [f"{failure.job.folder.relative_to(design.out)}: {failure.reason}" for failure in failures]
     warnings += _warnings(design, trainings)
     footer = f"Made by glocal {runs.environment()['glocal']}. Research software, not a medical device."

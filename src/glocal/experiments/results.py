@@ -10,8 +10,6 @@ from glocal.experiments.layout import TableOptions
 from glocal.experiments.plan import Training
 from glocal.files import read_json
 
-PLACE = ("split", "draw", "checkpoint", "subject", "case")
-
 
 def collect(trainings: Sequence[Training]) -> pd.DataFrame:
     """Every measured row of the finished trainings.
@@ -27,7 +25,9 @@ def collect(trainings: Sequence[Training]) -> pd.DataFrame:
             continue
         validation = len(read_json(training.job.folder / "split.json")["draw"]["validation"])
         facts = {**training.place, "validation": validation, "run": str(training.job.folder)}
-        frames.append(pd.read_csv(path, dtype={"subject": str, "case": str, "class": str}).assign(**facts))
+        text = {"subject": str, "case": str, "class": str}
+        frame = pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])  # a subject may be called NA
+        frames.append(frame.assign(**facts))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 

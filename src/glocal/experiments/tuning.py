@@ -1,5 +1,6 @@
 """Tuning as a part of an experiment: equally many trials for every method, judged on development subjects only."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -11,7 +12,7 @@ import pandas as pd
 from glocal.data.split import Member, shuffled
 from glocal.data.store import Store
 from glocal.errors import GlocalError
-from glocal.experiments.grid import TuneOptions, Variant, option_name
+from glocal.experiments.grid import KEYS, TuneOptions, Variant, option_name
 from glocal.experiments.layout import TableOptions
 from glocal.experiments.plan import Training, plan
 from glocal.experiments.recipe import Recipe
@@ -42,8 +43,13 @@ def trials_of(variants: Sequence[Variant], options: TuneOptions) -> list[Trial]:
     """Equally many trials for every method: the recipe's own settings, and others drawn by the recipe's seed.
 
     Raises:
-        GlocalError: a method has fewer settings to try, or a key or value does not fit.
+        GlocalError: a method has fewer settings to try, a key is an axis, or a key or value does not fit.
     """
+    for key in options.keys:
+        if KEYS.get(key, key) in (KEYS.get(axis, axis) for axis in variants[0].axes):
+            raise GlocalError(
+                f"experiment.tune.keys names {key}, which experiment.vary varies: leave it to one of them."
+            )
     found = []
     firsts: dict[tuple[str, ...], Variant] = {}
     for variant in variants:
@@ -124,18 +130,21 @@ def judged(trials: Sequence[Trial], trainings: Sequence[Training]) -> pd.DataFra
     of equals).
 
     Returns:
-        Columns method, trial, settings, dice (NaN for a trial that failed), chosen.
+        Columns method, trial, settings, dice (NaN for a trial of which a training failed), chosen.
 
     Raises:
         GlocalError: every trial of a method has failed.
     """
     results = collect(trainings)
     axes = list(trials[0].variant.axes)
+    planned: Counter[Any] = Counter(tuple(training.variant.axes.values()) for training in trainings)
     dice = {}
     if not results.empty:
         values = values_of(results, axes, TableOptions())
         per_training = values.groupby([*axes, "split", "draw"], sort=False)["value"].mean()
-        dice = per_training.groupby(axes, sort=False).mean().to_dict()
+        for place, found in per_training.groupby(axes, sort=False):
+            if len(found) == planned[place]:  # some draws of a trial are no fair comparison with all of another
+                dice[place] = found.mean()
     rows = [
         {
             "method": " + ".join(trial.method),
@@ -147,10 +156,10 @@ def judged(trials: Sequence[Trial], trainings: Sequence[Training]) -> pd.DataFra
         for trial in trials
     ]
     frame = pd.DataFrame(rows)
-    folder_of = {tuple(training.variant.axes.values()): training.job.folder for training in trainings}
+    failed = {tuple(t.variant.axes.values()): t.job.folder for t in trainings if not t.job.done()}
     for method, of_method in frame.groupby("method", sort=False):
         if of_method["dice"].isna().all():
-            folder = folder_of[tuple(trials[of_method.index[0]].variant.axes.values())]
+            folder = failed[tuple(trials[of_method.index[0]].variant.axes.values())]
             raise GlocalError(f"Every tuning trial of {method} has failed, so none can be chosen: look at {folder}.")
     best = frame.groupby("method")["dice"].idxmax()
     return frame.assign(chosen=frame.index.isin(best))
