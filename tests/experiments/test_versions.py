@@ -49,11 +49,11 @@ gcl, G^R and L^D 7: [3.4431, 2.5204, 1.8524, 1.202]
 gcl, G^D- 7: [3.0598, 2.9667]
 supervised 6: [2.183, 2.0316]
 supervised, Dice 6: [0.7481, 0.73567]
-slices 1: [0.47789, 0.30595, 0.2481, 0.25129, 0.24504, 0.48849, 0.12252, 0.13412, 0.2381, 0.47708, 0.11905, 0.13052]
-slices, resampled 1: [-0.01611, 0.97569, 0.01738, 0.027606, 0.27728, 0.50696, 0.13864, 0.15769, 0.2348, 0.47448,
-  0.1174, 0.12728]
-slices, window 1: [0.33471, 0.3827, 0.17012, 0.17512, 0.23909, 0.48534, 0.11962, 0.1327, 0.24505, 0.48914, 0.12258,
-  0.13284]
+slices 1: [0.47789, 0.30595, 0.2481, 0.25129, 0.24504, 0.48849, 0.12252, 0.13412, 0.24799, 0.49215, 0.12399, 0.13603]
+slices, resampled 1: [-0.01611, 0.97569, 0.01738, 0.027606, 0.27728, 0.50696, 0.13864, 0.15769, 0.23846, 0.47957,
+  0.11923, 0.1293]
+slices, window 1: [0.33471, 0.3827, 0.17012, 0.17512, 0.23909, 0.48534, 0.11962, 0.1327, 0.24762, 0.49047, 0.12389,
+  0.13439]
 view 1: [0.5085, 0.30634, 0.25276, 0.25096, 0.40476, 0.58963, 0.20909, 0.19752]
 prediction, unet 3: [0.36308, 0.1501, 0.18202, 0.1823, 0.31603, 0.16159, 0.15787, 0.15689, 0.85861, 0.84294, 0.42575,
   0.42262]
@@ -181,7 +181,8 @@ def test_slices_of_a_volume_and_the_way_back(name: str, options: dict[str, Any])
     plan = plan_of(**options)
     prepared = prepare(Volume(1000 * waves(1, 7, 26, 30).numpy(), GEOMETRY), plan)
     labels = prepare_labels(Volume(ball((7, 26, 30), 0.8)[None], GEOMETRY), prepared.undo, plan)
-    back = restore([torch.nn.functional.one_hot(labels.long(), 3).movedim(-1, 1)], prepared.undo)
+    # Classes that weigh differently, because no rounding may decide between two that are equal.
+    back = restore([(torch.eye(3) * torch.tensor([1, 1.13, 1.27]))[labels.long()].movedim(-1, 1)], prepared.undo)
     values = [*moments(prepared.images), *moments(labels), *moments(torch.from_numpy(back))]
     compare(name, {"preprocessing": preparing.VERSION}, values)
 

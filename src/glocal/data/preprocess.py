@@ -101,7 +101,7 @@ def _begin(dataset: Dataset, store: Path, options: PreprocessOptions) -> Plan:
         return plan
     content = read_json(path)
     begun = (
-        content["plan"]["options"]
+        PreprocessOptions.model_validate(content["plan"]["options"]).model_dump(mode="json")  # later ones at defaults
         | {"dataset": content["name"]}
         | {k: content["plan"][k] for k in ("labels", "channels")}
     )
@@ -199,7 +199,7 @@ def _arrays(case: Case, plan: Plan) -> tuple[list[NDArray[Any]], Record]:
 
 def _plan_digest(plan: Plan) -> str:
     # Without what is at its default, so that a later option which leaves slices as they are leaves stores valid.
-    made_how = plan.model_dump(mode="json", exclude_defaults=True)
+    made_how = plan.model_dump(mode="json", exclude_defaults=True, exclude={"warnings"})
     return hashlib.sha256(json.dumps([VERSION, made_how], sort_keys=True).encode()).hexdigest()
 
 

@@ -49,7 +49,7 @@ class Training:
 
 def store_folder(out: Path, recipe: Recipe) -> Path:
     """Where the slices lie that a recipe's preprocessing makes of its dataset."""
-    made_of = {"data": str(recipe.data.resolve()), **recipe.preprocess.model_dump(mode="json")}
+    made_of = {"data": str(recipe.data.resolve()), **recipe.preprocess.model_dump(mode="json", exclude_defaults=True)}
     return out / "stores" / f"{recipe.data.name}-{runs.identity(made_of)}"
 
 
