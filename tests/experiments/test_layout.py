@@ -16,8 +16,18 @@ AXES = {"contender": ["random", "pcl", "gcl"], "labels": ["2", "8"], "split": [0
 
 def row(contender: str, labels: str, mean: float, **more: Any) -> dict[str, Any]:
     """One row of a summary, compared with nothing unless `more` says so."""
-    facts = {"contender": contender, "labels": labels, "trainings": 6, "mean": mean, "sd": 0.02}
+    facts = {
+        "contender": contender,
+        "labels": labels,
+        "trainings": 6,
+        "splits": 2,
+        "draws": 3,
+        "mean": mean,
+        "sd": 0.02,
+    }
     bounds = ("low", "high", "subjects_low", "subjects_high", "draws_low", "draws_high")
+    if "difference" in more:  # by default its interval is narrow
+        more = {"difference_low": more["difference"] - 0.01, "difference_high": more["difference"] + 0.01} | more
     return facts | dict.fromkeys((*bounds, *COMPARED), NAN) | more
 
 
@@ -58,7 +68,8 @@ def test_a_whole_table_in_markdown() -> None:
         "| gcl | 0.500 ± 0.020† | **0.720 ± 0.020** |\n\n"
         "Said so.\n\n"
         "Dice, mean over classes, last checkpoint: mean ± standard deviation over trainings. Bold: best of its column, "
-        "underlined: second best. \\* better, † worse than the baseline with Holm-corrected p < 0.05. Not complete, "
+        "underlined: second best. \\* better, † worse than the baseline: Holm-corrected p < 0.05, 0 outside the "
+        "interval of the difference, and more than one draw. Not complete, "
         "because a training failed, is not finished or cannot be measured: PCL at 8 labels.\n"
     )
 
@@ -155,6 +166,21 @@ def test_significance_knows_the_direction(metric: str, difference: float, p: flo
     assert cell.significant == bool(mark)
 
 
+@pytest.mark.parametrize(
+    ("more", "mark"),
+    [
+        ({}, "*"),
+        ({"difference_low": -0.01}, ""),  # 0 is inside its interval
+        ({"draws": 1}, ""),  # no other draw was looked at
+        ({"draws": 1, "splits": 6}, "*"),  # but six splits were
+        ({"difference_low": NAN, "difference_high": NAN}, ""),
+    ],
+)
+def test_a_small_p_alone_is_not_enough(more: dict[str, Any], mark: str) -> None:
+    cell = lay(pd.DataFrame([row("a", "2", 0.5, difference=0.1, p_holm=0.001, **more)])).cells[0][0]
+    assert cell.mark == mark
+
+
 def test_what_stands_beside_a_mean() -> None:
     bounds = {"low": 0.1, "high": 0.2, "subjects_low": 0.3, "subjects_high": 0.4, "draws_low": 0.5, "draws_high": 0.6}
     compared = {"difference": -0.0123, "difference_low": -0.05, "difference_high": 0.0004, "pairs": 6.0, "better": 5.0}
@@ -173,9 +199,7 @@ def test_what_stands_beside_a_mean() -> None:
     )
     words = ("± standard", "[low, high]", "subjects [low, high]", "draws [low, high]", "Δ:", "p:", "N of M:")
     assert all(word in layout.note for word in words)
-    assert lay(frame, show=("difference",), digits=1).cells[1][0] == Cell(
-        "0.5", ("Δ 0.0 [−0.1, 0.0]",), best=True, significant=True, worse=True
-    )
+    assert lay(frame, show=("difference",), digits=1).cells[1][0] == Cell("0.5", ("Δ 0.0 [−0.1, 0.0]",), best=True)
     alone = frame.assign(difference_low=NAN, difference_high=NAN, p_holm=0.0312)
     assert lay(alone, show=("difference", "p")).cells[1][0].beside == ("Δ −0.012", "p = 0.031")
 

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
+from statistics import mean
 from tempfile import mkdtemp
 from typing import Any
 
 from glocal.experiments.executors import Executors, Work
-from glocal.experiments.jobs import Job, do
+from glocal.experiments.jobs import Failure, Job, do
 from glocal.files import read_json, write_json
 
 FEW, MORE = 2, 22  # iterations of the two short trainings whose difference is measured
@@ -38,7 +39,7 @@ class Kind:
 
 
 def estimate(jobs: Sequence[Job], executor: Executors, out: Path) -> list[Kind]:
-    """Measure one training of each kind for a few iterations, several kinds at the same time as later the trainings.
+    """Measure a few iterations of each kind of training, as many at the same time as will run later.
 
     Args:
         jobs: of the experiment.
@@ -54,15 +55,26 @@ def estimate(jobs: Sequence[Job], executor: Executors, out: Path) -> list[Kind]:
     out.mkdir(parents=True, exist_ok=True)
     folder = Path(mkdtemp(prefix=".measuring-", dir=out))
     try:
-        open_kinds = {kind: found for kind, found in kinds.items() if not all(job.done() for job in found)}
-        probes = {kind: _probe(found[0], folder / str(n)) for n, (kind, found) in enumerate(open_kinds.items())}
-        failures = do(list(probes.values()), "Measuring a step", executor, keep_going=True)
-        facts = {kind: read_json(probe.folder / "manifest.json") for kind, probe in probes.items() if probe.done()}
+        # They slow each other down: cores share their caches and their way to memory.
+        at_once = min(executor.slots(), sum(not job.done() for job in jobs))
+        probes: dict[str, list[Job]] = {
+            kind: [_probe(found[0], folder / f"{number}-{copy}") for copy in range(at_once)]
+            for number, (kind, found) in enumerate(kinds.items())
+            if not all(job.done() for job in found)
+        }
+        failures = do([probe for of in probes.values() for probe in of], "Measuring a step", executor, keep_going=True)
+        facts = {kind: _facts(of, failures) for kind, of in probes.items()}
     finally:
         rmtree(folder, ignore_errors=True)
-    problems = {failure.job.folder: failure.reason for failure in failures}
-    facts |= {kind: {"problem": problems[p.folder]} for kind, p in probes.items() if p.folder in problems}
     return [Kind(_name(found[0]), tuple(found), **facts.get(kind, {})) for kind, found in kinds.items()]
+
+
+def _facts(probes: Sequence[Job], failures: Sequence[Failure]) -> dict[str, Any]:
+    """The means of what the copies of one kind took, or why one of them failed."""
+    if problems := [failure.reason for failure in failures if failure.job in probes]:
+        return {"problem": problems[0]}
+    times = [read_json(probe.folder / "manifest.json") for probe in probes]
+    return {key: mean(time[key] for time in times) for key in ("step", "fixed")}
 
 
 def _kind(job: Job) -> str:

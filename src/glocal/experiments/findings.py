@@ -38,6 +38,11 @@ class Finding:
     layout: Layout
 
     @property
+    def what(self) -> tuple[str, str, str]:
+        """What its values are: tables that only show them otherwise have the same figures."""
+        return self.options.metric, self.options.structure, self.options.checkpoint
+
+    @property
     def label(self) -> str:
         """What its values are, for an axis of a figure."""
         of = "" if self.options.structure == "mean" else f", {self.options.structure}"
@@ -89,7 +94,8 @@ def caption(design: Experiment, summary: pd.DataFrame) -> str:
         else ("no test subject was part of any training (inductive)")
     )
     baseline = ", ".join(design.options.names.get(option, option) for option in design.baseline.values())
-    counts = f"{summary['trainings'].max()} trainings a cell: {_counts(summary)}"
+    trainings = int(summary["trainings"].max())
+    counts = f"{trainings} training{'s' * (trainings != 1)} a cell: {_counts(summary)}"
     return (
         f"Means over {judged}, measured in volumes of native resolution; {counts}; {pretrained}. Differences are "
         f"paired with {baseline}: same split, draw and subject. Budgets count labelled {protocol.budget}. "

@@ -70,8 +70,9 @@ def do(jobs: Sequence[Job], description: str, executor: Executors, keep_going: b
             bar.update(task, info=board.info(), **board.state())
             if not console.is_terminal and board.info() != said:  # a line in the log of a long night, now and then
                 said, state = board.info(), board.state()
-                pace = (state["completed"] - begun) / (time.monotonic() - started)
-                left = f", about {duration((state['total'] - state['completed']) / pace)} left" if pace > 0 else ""
+                seconds = time.monotonic() - started
+                pace = (state["completed"] - begun) / seconds if seconds > 60 else 0  # the first minute says little
+                left = f", about {duration((state['total'] - state['completed']) / pace)} left" if pace else ""
                 console.print(f"{description}: {said}{left}.", soft_wrap=True, highlight=False)
     return board.failures
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from glocal.errors import GlocalError
 from glocal.evaluation.metrics import DISTANCES
+from glocal.evaluation.significance import FEWEST_UNITS
 from glocal.options import closest
 from glocal.reporting.typeset import Cell, Layout
 
@@ -223,9 +224,10 @@ def _cells(column: Sequence[Record], options: TableOptions) -> list[Cell]:
 
 
 def _significant(record: Record) -> bool:
-    """A p over subjects knows nothing of other draws: the interval, in which draws vary too, must exclude 0 as well."""
+    """A p over subjects knows nothing of other draws: there must be some, and their interval must exclude 0 as well."""
     low, high = record["difference_low"], record["difference_high"]
-    return bool(record["p_holm"] < ALPHA and (low > 0 or high < 0))
+    varied = record["draws"] > 1 or record["splits"] >= FEWEST_UNITS
+    return bool(varied and record["p_holm"] < ALPHA and (low > 0 or high < 0))
 
 
 def _mean(record: Record, options: TableOptions) -> str:
@@ -260,7 +262,7 @@ def _legend(options: TableOptions, cells: Sequence[Cell]) -> str:
         lowest = ", lower is better" if options.metric in DISTANCES else ""
         parts.append(f"Bold: best of its column, underlined: second best{lowest}")
     if any(cell.significant for cell in cells):
-        both = f"Holm-corrected p < {ALPHA}, and 0 outside the interval of the difference over subjects and draws"
+        both = f"Holm-corrected p < {ALPHA}, 0 outside the interval of the difference, and more than one draw"
         parts.append(f"* better, † worse than the baseline: {both}")
     if options.paper:
         parts.append(f"Paper: as reported by {options.paper_source.rstrip('.')}")

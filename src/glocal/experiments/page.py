@@ -78,6 +78,7 @@ def _measured(
     _write_csv(design.folder / "results.csv", results.assign(run=_relative(design, results["run"])))
     found = findings(design, results)
     tables, pictures = [], []
+    drawn = set()
     for finding in found:
         for ending, written in (("md", markdown), ("csv", csv), ("tex", latex)):
             write_text(design.folder / f"table-{finding.name}.{ending}", written(finding.layout))
@@ -86,7 +87,9 @@ def _measured(
         layout = finding.layout
         rest = layout.caption if finding is found[0] else TRANSDUCTIVE if design.transductive else ""
         tables.append(replace(table, note=f"{layout.note} {rest}"))
-        pictures += _kept(design, finding.name, figures_of(design, finding))
+        if finding.what not in drawn:
+            drawn.add(finding.what)
+            pictures += _kept(design, finding.name, figures_of(design, finding))
     first = found[0]
     text = "Click a number to see its trainings. The tables are also files for papers: " + ", ".join(
         f"table-{finding.name}.md, .csv and .tex" for finding in found
