@@ -17,7 +17,8 @@ from glocal.errors import GlocalError
 from glocal.evaluation.metrics import METRICS, dice
 from glocal.experiments.report import report
 from glocal.files import read_json, write_json
-from glocal.finetuning.finetune import _Validation, finetune
+from glocal.finetuning.finetune import finetune
+from glocal.finetuning.measure import Validation
 from glocal.inference import folded, slice_probabilities
 from glocal.model import load_network, read_header
 from glocal.pretraining.pretrain import pretrain
@@ -74,14 +75,14 @@ def test_the_best_weights_on_validation_are_kept_beside_the_last(finetuned: Path
 
 def test_a_worse_look_at_validation_changes_nothing(store: Store, finetuned: Path, tmp_path: Path) -> None:
     network, header = load_network(finetuned / "model.safetensors")
-    validation = _Validation(store, ("case2",), tmp_path / "best.safetensors", header, torch.device("cpu"))
+    validation = Validation(store, ("case2",), tmp_path / "best.safetensors", header, torch.device("cpu"))
     strategy = torch.nn.Module()
     strategy.network = network
     good = validation(strategy)["validation_dice"]
     kept = (tmp_path / "best.safetensors").read_bytes()
     network.get_parameter("head.2.weight").data.neg_()
     # A run that is continued compares with what the file says.
-    again = _Validation(store, ("case2",), tmp_path / "best.safetensors", header, torch.device("cpu"))
+    again = Validation(store, ("case2",), tmp_path / "best.safetensors", header, torch.device("cpu"))
     assert again(strategy)["validation_dice"] < good
     assert (tmp_path / "best.safetensors").read_bytes() == kept
 

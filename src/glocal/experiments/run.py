@@ -29,7 +29,7 @@ from glocal.experiments.trainings import (
     splits_of,
 )
 from glocal.files import read_json, write_json
-from glocal.finetuning.finetune import measured_cases, predict_cases
+from glocal.finetuning.measure import measured_cases, predict_cases
 from glocal.model import load_network
 from glocal.processes import cores
 from glocal.progress import console

@@ -8,7 +8,6 @@ from glocal.data.split import Member, Split, make_split, split_count
 from glocal.errors import GlocalError
 from glocal.experiments.jobs import Job
 from glocal.experiments.recipe import Recipe
-from glocal.finetuning.base import FinetuningOptions
 from glocal.finetuning.finetune import draw_of, finetune
 from glocal.finetuning.registry import finetuning_options
 from glocal.pretraining.pretrain import pretrain, stage_folder
@@ -92,8 +91,8 @@ def refuse_impossible_draws(recipe: Recipe, members: Sequence[Member], given: di
     protocol = recipe.protocol
     for split in splits_of(recipe, members, given):
         for budget in budgets_of(recipe):
-            options: FinetuningOptions = finetuning_options(finetuning_settings(recipe, budget, 0))
-            drawn = [draw_of(members, split, options, protocol, draw).train for draw in range(protocol.draws)]
+            options = [finetuning_options(finetuning_settings(recipe, budget, draw)) for draw in range(protocol.draws)]
+            drawn = [draw_of(members, split, of_draw, protocol).train for of_draw in options]
             # Draws of all volumes differ in what else is random.
             if budget != "all" and len({frozenset(cases) for cases in drawn}) < len(drawn):
                 raise GlocalError(

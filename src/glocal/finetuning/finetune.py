@@ -4,17 +4,13 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
 from glocal import engine, inference, runs
 from glocal.data import sampling
-from glocal.data.dataset import Dataset, read_dataset
-from glocal.data.image import write_like
-from glocal.data.prepare import restore
+from glocal.data.dataset import read_dataset
 from glocal.data.sampling import Pool
 from glocal.data.split import (
     Draw,
@@ -33,22 +29,16 @@ from glocal.distributed import first_decides, rank
 from glocal.engine import train
 from glocal.errors import GlocalError
 from glocal.evaluation import metrics
-from glocal.evaluation.evaluate import evaluate
-from glocal.evaluation.metrics import dice
-from glocal.files import digest, replacing, write_json
+from glocal.files import digest, write_json
 from glocal.finetuning.base import FinetuningOptions
+from glocal.finetuning.measure import Validation, measure, measured_cases
 from glocal.finetuning.registry import finetuning_options, strategy_named
-from glocal.inference import folded, slice_probabilities
-from glocal.model import Header, Transfer, find_model, load_network, read_header, save_model, transfer
+from glocal.model import Header, Transfer, find_model, read_header, save_model, transfer
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.registry import NETWORKS, build
 from glocal.progress import console
 from glocal.randomness import seed_of
 from glocal.views import view
-
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 TRANSDUCTIVE = "Transductive: the images of test subjects, not their labels, were part of the pre-training."
 
@@ -92,53 +82,51 @@ def finetune(
             if report is not None and rank() == 0:
                 write_json(run / "transfer.json", report.as_dict())
                 console.print(report.sentence(), highlight=False)
-            _train_and_measure(store, run, options, source, protocol, split, draw, header, network, started)
+            cases = measured_cases(store, split, protocol)
+            if cases:
+                read_dataset(
+                    store.dataset
+                )  # where their label maps are: a moved one is said before training, not after
+            warnings = _train(store, run, options, split, draw, header, network)
+            if rank() == 0:  # the first process measures alone
+                transductive = bool((header.provenance["pretraining"] or {}).get("transductive"))
+                if cases:
+                    measure(store, run, cases, joined(options.device), transductive)
+                runs.finish(
+                    run,
+                    started,
+                    kind="finetune",
+                    store=str(store.path.resolve()),
+                    warnings=[TRANSDUCTIVE, *warnings] if transductive else warnings,
+                    evaluated=protocol.evaluate if cases else None,
+                    cases=list(cases),
+                )
     return run / "model.safetensors"
 
 
-def _train_and_measure(
+def _train(
     store: Store,
     run: Path,
     options: FinetuningOptions,
-    source: Path | None,
-    protocol: ProtocolOptions,
     split: Split,
     draw: Draw,
     header: Header,
     network: SegmentationNetwork,
-    started: float,
-) -> None:
+) -> list[str]:
+    """Train and keep the last weights, and with validation volumes the best; warnings in plain words."""
     device = joined(options.device)
     if options.compile:
         network.compile_parts()
-    cases = measured_cases(store, split, protocol)
-    if cases:
-        read_dataset(store.dataset)  # where their label maps are: a moved dataset is said before training, not after
     store.to(device)
     labelled, unlabelled = Pool(store, draw.train), Pool(store, split.pretrain)
     # Another draw is also another choice of batches and views, so that draws of `all` labels tell chance from effect.
     seeded = options.model_copy(update={"seed": seed_of(options.seed, "training", options.draw)})
     strategy = strategy_named(options.strategy).make(network, labelled, unlabelled, seeded)
-    validate = (
-        _Validation(store, draw.validation, run / "best.safetensors", header, device) if draw.validation else None
-    )
-    transductive = source is not None and bool(read_header(source).provenance["transductive"])
-    warnings = [TRANSDUCTIVE] if transductive else []
-    warnings += train(strategy, seeded, run, run.name, validate, options.evaluate_every)
-    if rank() > 0:  # the first process measures alone
-        return
-    save_model(run / "model.safetensors", strategy.network.state_dict(), header)
-    if cases:
-        measure(store, run, cases, device, transductive)
-    runs.finish(
-        run,
-        started,
-        kind="finetune",
-        store=str(store.path.resolve()),
-        warnings=warnings,
-        evaluated=protocol.evaluate if cases else None,
-        cases=list(cases),
-    )
+    validate = Validation(store, draw.validation, run / "best.safetensors", header, device) if draw.validation else None
+    warnings = train(strategy, seeded, run, run.name, validate, options.evaluate_every)
+    if rank() == 0:
+        save_model(run / "model.safetensors", strategy.network.state_dict(), header)
+    return warnings
 
 
 def _split_of(source: Path | None, store: Store, protocol: ProtocolOptions, seed: int) -> Split:
@@ -155,9 +143,8 @@ def draw_of(
     split: Split,
     options: FinetuningOptions,
     protocol: ProtocolOptions,
-    index: int | None = None,
 ) -> Draw:
-    """The labelled volumes of a fine-tuning: of the draw in its options, or of draw `index`.
+    """The labelled volumes of a fine-tuning.
 
     Raises:
         GlocalError: several budgets, or too few labelled volumes.
@@ -168,8 +155,7 @@ def draw_of(
             "A single fine-tuning takes one number of labels: several are for `glocal run` and `glocal experiment`."
         )
     named: Any = labels
-    index = options.draw if index is None else index
-    return draw_labels(members, split, named, options.validation, options.seed, index, protocol.budget)
+    return draw_labels(members, split, named, options.validation, options.seed, options.draw, protocol.budget)
 
 
 def facts_of_run(store: Store, options: FinetuningOptions, split: Split, protocol: ProtocolOptions) -> dict[str, Any]:
@@ -246,89 +232,3 @@ def _start(
         },
     )
     return header, network, report
-
-
-class _Validation:
-    """Looks at the validation volumes during training and keeps the best weights beside the last ones.
-
-    The best value so far is in the model file itself, so a run that is continued goes on comparing with it.
-    """
-
-    def __init__(self, store: Store, cases: tuple[str, ...], path: Path, header: Header, device: torch.device) -> None:
-        self.store, self.cases, self.path, self.header, self.device = store, cases, path, header, device
-
-    def __call__(self, strategy: nn.Module) -> dict[str, float]:
-        """Mean foreground Dice over the validation volumes, on preprocessed slices."""
-        trained: Any = strategy.network
-        network, values = folded(trained), []
-        for case in self.cases:
-            images = self.store.volume(case)
-            mask = torch.cat([part.argmax(1) for part in slice_probabilities(network, images, self.device)]).numpy()
-            truth = self._truth(case).cpu().numpy()
-            values += [dice(mask == k, truth == k) for k in self.store.labels.values() if k]
-        value = float(np.mean(values))
-        best = read_header(self.path).provenance["validation_dice"] if self.path.exists() else -1.0
-        if value > best:
-            provenance = {**self.header.provenance, "validation_dice": value}
-            save_model(self.path, trained.state_dict(), self.header.model_copy(update={"provenance": provenance}))
-        return {"validation_dice": value}
-
-    def _truth(self, case: str) -> Tensor:
-        first = int(self.store.first[self.store.index_of(case)])
-        return self.store.labels_of(torch.arange(first, first + int(self.store.count_of[first])))
-
-
-def measured_cases(store: Store, split: Split, protocol: ProtocolOptions) -> tuple[str, ...]:
-    """The labelled cases that a training of this split is measured on."""
-    wanted = split.test if protocol.evaluate == "test" else split.development
-    return tuple(volume.case for volume in store.volumes if volume.case in wanted and volume.labelled)
-
-
-def measure(
-    store: Store, run: Path, cases: tuple[str, ...], device: torch.device, transductive: bool = False
-) -> "pd.DataFrame":
-    """Predict cases in native geometry and write `evaluation.csv`: one row per checkpoint, case and class.
-
-    The masks of the last checkpoint stay in `predictions/`, those of the best in `predictions-best/`.
-
-    Raises:
-        GlocalError: the raw dataset is no longer where the store was made from.
-    """
-    import pandas as pd
-
-    dataset = read_dataset(store.dataset)
-    frames = []
-    for name, folder in (("last", "predictions"), ("best", "predictions-best")):
-        model = run / ("model.safetensors" if name == "last" else "best.safetensors")
-        if not model.exists():
-            continue
-        network = load_network(model)[0].to(device)
-        predict_cases(network, store, dataset, cases, run / folder, device)
-        frame = evaluate(
-            run / folder,
-            dataset.root,
-            class_names=store.labels,
-            spacing_known=store.plan.options.spacing_known,
-            cases=cases,
-        )
-        frame.insert(0, "checkpoint", name)
-        frames.append(frame)
-    table = pd.concat(frames, ignore_index=True)
-    subject = {volume.case: volume.subject for volume in store.volumes}
-    table.insert(2, "subject", table["case"].map(subject))
-    table["transductive"] = transductive
-    with replacing(run / "evaluation.csv") as temporary:
-        table.to_csv(temporary, index=False)
-    return table
-
-
-def predict_cases(
-    network: nn.Module, store: Store, dataset: Dataset, cases: tuple[str, ...], folder: Path, device: torch.device
-) -> None:
-    """Write the masks of cases of a store into `folder`, in native geometry, format and header."""
-    images = {case.name: case.images[0] for case in dataset.cases}
-    network = folded(network)
-    for case in cases:
-        undo = store.volumes[store.index_of(case)].undo
-        mask = restore(slice_probabilities(network, store.volume(case), device), undo)
-        write_like(folder / f"{case}{dataset.file_ending}", mask, images[case])

@@ -1,0 +1,108 @@
+"""What a fine-tuning is worth: Dice on validation volumes while it trains, every metric on test cases afterwards."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from glocal.data.dataset import Dataset, read_dataset
+from glocal.data.image import write_like
+from glocal.data.prepare import restore
+from glocal.data.split import ProtocolOptions, Split
+from glocal.data.store import Store
+from glocal.evaluation.evaluate import evaluate
+from glocal.evaluation.metrics import dice
+from glocal.files import replacing
+from glocal.inference import folded, slice_probabilities
+from glocal.model import Header, load_network, read_header, save_model
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Validation:
+    """Looks at the validation volumes during training and keeps the best weights beside the last ones.
+
+    The best value so far is in the model file itself, so a run that is continued goes on comparing with it.
+    """
+
+    def __init__(self, store: Store, cases: tuple[str, ...], path: Path, header: Header, device: torch.device) -> None:
+        self.store, self.cases, self.path, self.header, self.device = store, cases, path, header, device
+
+    def __call__(self, strategy: nn.Module) -> dict[str, float]:
+        """Mean foreground Dice over the validation volumes, on preprocessed slices."""
+        trained: Any = strategy.network
+        network, values = folded(trained), []
+        for case in self.cases:
+            images = self.store.volume(case)
+            mask = torch.cat([part.argmax(1) for part in slice_probabilities(network, images, self.device)]).numpy()
+            truth = self._truth(case).cpu().numpy()
+            values += [dice(mask == k, truth == k) for k in self.store.labels.values() if k]
+        value = float(np.mean(values))
+        best = read_header(self.path).provenance["validation_dice"] if self.path.exists() else -1.0
+        if value > best:
+            provenance = {**self.header.provenance, "validation_dice": value}
+            save_model(self.path, trained.state_dict(), self.header.model_copy(update={"provenance": provenance}))
+        return {"validation_dice": value}
+
+    def _truth(self, case: str) -> Tensor:
+        first = int(self.store.first[self.store.index_of(case)])
+        return self.store.labels_of(torch.arange(first, first + int(self.store.count_of[first])))
+
+
+def measured_cases(store: Store, split: Split, protocol: ProtocolOptions) -> tuple[str, ...]:
+    """The labelled cases that a training of this split is measured on."""
+    wanted = split.test if protocol.evaluate == "test" else split.development
+    return tuple(volume.case for volume in store.volumes if volume.case in wanted and volume.labelled)
+
+
+def measure(
+    store: Store, run: Path, cases: tuple[str, ...], device: torch.device, transductive: bool = False
+) -> "pd.DataFrame":
+    """Predict cases in native geometry and write `evaluation.csv`: one row per checkpoint, case and class.
+
+    The masks of the last checkpoint stay in `predictions/`, those of the best in `predictions-best/`.
+
+    Raises:
+        GlocalError: the raw dataset is no longer where the store was made from.
+    """
+    import pandas as pd
+
+    dataset = read_dataset(store.dataset)
+    frames = []
+    for name, folder in (("last", "predictions"), ("best", "predictions-best")):
+        model = run / ("model.safetensors" if name == "last" else "best.safetensors")
+        if not model.exists():
+            continue
+        network = load_network(model)[0].to(device)
+        predict_cases(network, store, dataset, cases, run / folder, device)
+        frame = evaluate(
+            run / folder,
+            dataset.root,
+            class_names=store.labels,
+            spacing_known=store.plan.options.spacing_known,
+            cases=cases,
+        )
+        frame.insert(0, "checkpoint", name)
+        frames.append(frame)
+    table = pd.concat(frames, ignore_index=True)
+    subject = {volume.case: volume.subject for volume in store.volumes}
+    table.insert(2, "subject", table["case"].map(subject))
+    table["transductive"] = transductive
+    with replacing(run / "evaluation.csv") as temporary:
+        table.to_csv(temporary, index=False)
+    return table
+
+
+def predict_cases(
+    network: nn.Module, store: Store, dataset: Dataset, cases: tuple[str, ...], folder: Path, device: torch.device
+) -> None:
+    """Write the masks of cases of a store into `folder`, in native geometry, format and header."""
+    images = {case.name: case.images[0] for case in dataset.cases}
+    network = folded(network)
+    for case in cases:
+        undo = store.volumes[store.index_of(case)].undo
+        mask = restore(slice_probabilities(network, store.volume(case), device), undo)
+        write_like(folder / f"{case}{dataset.file_ending}", mask, images[case])
