@@ -106,7 +106,7 @@ def test_the_log_holds_losses_rate_and_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_checkpoint_always")
-@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "lars"])
 def test_a_stopped_training_ends_as_if_it_had_not_been(tmp_path: Path, optimizer: Any) -> None:
     whole, stopped, continued = Learner(), Learner(stop_at=7), Learner()
     train(whole, options(optimizer=optimizer), tmp_path / "whole", "test")
@@ -122,7 +122,7 @@ def test_a_stopped_training_ends_as_if_it_had_not_been(tmp_path: Path, optimizer
 
     assert same(whole.state_dict(), continued.state_dict())
     assert same(tensors(tmp_path / "whole"), tensors(tmp_path / "parts"))
-    if optimizer != "sgd":
+    if optimizer.startswith("adam"):
         assert any("exp_avg_sq" in name for name in tensors(tmp_path / "whole"))
     logs = [(tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8") for name in ("whole", "parts")]
     assert logs[0] == logs[1]
@@ -288,3 +288,43 @@ def test_a_killed_pretraining_ends_with_the_weights_it_would_have_had(store: Sto
         logs = [(folder / part / "metrics.jsonl").read_text(encoding="utf-8") for folder in (whole.parent, killed)]
         assert logs[0] == logs[1]
     assert manifest_of(killed)["kind"] == "pretrain"
+
+
+class TwoWeights(nn.Module):
+    """Loss 3 a + 4 b: gradients (3, 4) in every step."""
+
+    steady = ("b",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+
+    def forward(self, step: int) -> dict[str, Tensor]:
+        return {"loss": 3 * self.a.weight.sum() + 4 * self.b.weight.sum()}
+
+
+def moved(tmp_path: Path, **settings: Any) -> list[float]:
+    """By how much SGD moved the two weights in the first step, momentum being 0 yet."""
+    learner = TwoWeights()
+    before = [learner.a.weight.item(), learner.b.weight.item()]
+    train(learner, options(optimizer="sgd", weight_decay=0, max_iterations=1, **settings), tmp_path, "test")
+    return [was - now.weight.item() for was, now in zip(before, (learner.a, learner.b), strict=True)]
+
+
+def test_steady_modules_know_no_warm_up(tmp_path: Path) -> None:
+    assert moved(tmp_path, learning_rate=0.1, warmup_iterations=10) == pytest.approx([0.03, 0.4], rel=1e-4)
+
+
+def test_gradients_are_clipped_by_their_common_norm(tmp_path: Path) -> None:
+    clipped = moved(tmp_path, learning_rate=0.1, warmup_iterations=0, gradient_clip=1.0)
+    assert clipped == pytest.approx([0.06, 0.08], rel=1e-4)
+
+
+def test_lars_moves_a_matrix_by_its_own_size(tmp_path: Path) -> None:
+    """You et al. 2017: the step is rate x 0.001 x |w| / |g| x g, whatever the size of the gradient."""
+    learner = TwoWeights()
+    before = [learner.a.weight.item(), learner.b.weight.item()]
+    settings = {"learning_rate": 0.1, "warmup_iterations": 0, "weight_decay": 0, "max_iterations": 1}
+    train(learner, options(optimizer="lars", **settings), tmp_path, "test")
+    for was, now in zip(before, (learner.a, learner.b), strict=True):
+        assert was - now.weight.item() == pytest.approx(0.1 * 0.001 * abs(was), rel=1e-2)

@@ -43,11 +43,14 @@ class TrainingOptions(BaseModel):
     deterministic: bool = Field(False, description="the same result bit for bit on one machine, on a GPU too; slower")
     compile: bool = Field(False, description="torch.compile the network; slower on a CPU, so measure it on your GPU")
     max_iterations: int = Field(1000, ge=1, description="optimiser steps (of each stage)")
-    optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="SGD has momentum 0.9")
+    optimizer: Literal["adamw", "adam", "sgd", "lars"] = Field(
+        "adamw", description="SGD and LARS (You et al. 2017) have momentum 0.9"
+    )
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     warmup_iterations: int = Field(30, ge=0, description="the learning rate rises linearly over these")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="cosine falls to 0")
+    gradient_clip: float = Field(0.0, ge=0, description="largest norm of all gradients together; 0: no limit")
     log: tuple[Literal["tensorboard", "mlflow"], ...] = Field(
         ("tensorboard",), description="beside metrics.jsonl, which is always written"
     )
@@ -75,7 +78,8 @@ def train(
 
     Args:
         learner: `forward(step)` returns a dict of scalar tensors; `loss` is minimised, all are logged. An attribute
-            `warning()` may return a plain sentence about its state (for example collapse), asked for now and then.
+            `warning()` may return a plain sentence about its state (for example collapse), asked for now and then;
+            `steady` names modules whose learning rate stays as it is, without warm-up and schedule.
         evaluate: returns figures to log every `evaluate_every` iterations and after the last.
 
     Returns:
@@ -164,10 +168,12 @@ def iterate(fabric: Fabric, module: Any, optimizer: Any, options: TrainingOption
     """One iteration: losses, gradients, new weights."""
     torch.manual_seed(seed_of(options.seed, "engine", step, *[rank()] * (rank() > 0)))  # dropout and the like
     for group in optimizer.param_groups:
-        group["lr"] = options.learning_rate * learning_rate_factor(options, step)
+        group["lr"] = options.learning_rate * (1 if group.get("steady") else learning_rate_factor(options, step))
     module.train()
     losses: dict[str, Tensor] = module(step)
     fabric.backward(losses["loss"])
+    if options.gradient_clip:
+        fabric.clip_gradients(module, optimizer, max_norm=options.gradient_clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return losses
@@ -179,13 +185,27 @@ def _warning_of(learner: nn.Module) -> list[str]:
 
 
 def _optimizer(learner: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
+    steady = {
+        id(parameter)
+        for name in getattr(learner, "steady", ())
+        for parameter in learner.get_submodule(name).parameters()
+    }
     parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if (id(p) in steady) == kept], "steady": kept} for kept in (False, True)
+    ]
+    groups = [group for group in groups if group["params"]]
     rate, decay = options.learning_rate, options.weight_decay
+    if options.optimizer == "lars":
+        from pytorch_optimizer import LARS
+
+        layerwise: torch.optim.Optimizer = LARS(groups, lr=rate, momentum=0.9, weight_decay=decay)
+        return layerwise
     # Fused: one pass over each weight instead of ten.
     if options.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=rate, momentum=0.9, weight_decay=decay, fused=True)
+        return torch.optim.SGD(groups, lr=rate, momentum=0.9, weight_decay=decay, fused=True)
     kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, lr=rate, weight_decay=decay, fused=True)
+    return kind(groups, lr=rate, weight_decay=decay, fused=True)
 
 
 class _Log:
