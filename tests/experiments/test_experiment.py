@@ -28,6 +28,7 @@ from glocal.experiments.estimate import estimate
 from glocal.experiments.executors import Here
 from glocal.experiments.experiment import duration, experiment
 from glocal.experiments.jobs import Job
+from glocal.experiments.page import write_results
 from glocal.experiments.plan import jobs_of, plan, store_folder
 from glocal.files import read_json, write_json, write_text
 
@@ -174,6 +175,30 @@ def test_started_again_nothing_is_trained(
     assert "Every training is done." in capfd.readouterr().err
 
 
+def test_a_removed_pretraining_is_not_done_again_for_nothing(out: Path, recipe: str, raw: Path) -> None:
+    before = trained(out)
+    shutil.move(out / "pretrain", out / "away")
+    try:
+        experiment(recipe, [f"data={raw}", f"out={out}"], workers=1)
+        assert {f for f in before if "pretrain" not in f} == {f for f in trained(out) if "away" not in f}
+        assert not (out / "pretrain").exists()
+        assert "(not done)" in (out / "first" / "runs.html").read_text(encoding="utf-8")
+    finally:
+        shutil.rmtree(out / "pretrain", ignore_errors=True)
+        shutil.move(out / "away", out / "pretrain")
+    experiment(recipe, [f"data={raw}", f"out={out}"], workers=1)
+
+
+def test_development_is_said_of_every_table(recipe: str, raw: Path, tmp_path: Path) -> None:
+    words = ["protocol.evaluate=development", "protocol.draws=1", "experiment.vary.labels=[1]"]
+    tables = "experiment.tables={one: {}, two: {metric: iou}}"
+    page = experiment(recipe, [f"data={raw}", f"out={tmp_path / 'out'}", *words, tables], workers=1)
+    assert page is not None
+    said = page.read_text(encoding="utf-8")
+    assert said.count("Measured on development subjects: for choosing") == 2  # of the page, and of the second table
+    assert said.count("Means over development subjects") == 1  # with all else about the first
+
+
 def test_a_dry_run_prints_the_plan_and_trains_nothing(
     out: Path, recipe: str, raw: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -256,7 +281,7 @@ def test_two_experiments_at_the_same_time_share_trainings(recipe: str, raw: Path
         "        open(sys.argv[0], 'a').write(f'{arguments[place]}\\n')\n"
         "        return work(*arguments)\n"
         "    return wrapper\n"
-        "finetune._train_and_measure = noted(finetune._train_and_measure, 1)\n"
+        "finetune._train = noted(finetune._train, 1)\n"
         "pretrain._train_stages = noted(pretrain._train_stages, 3)\n"
         "sys.argv = [sys.argv[1], *sys.argv[2:]]\n"
         "main()\n"
@@ -345,6 +370,58 @@ def test_what_failed_is_said_and_tried_again(
     assert {path: after[path] for path in healthy_ones} == healthy_ones
 
 
+def test_it_is_refused_where_nothing_would_be_measured(recipe: str, write_dataset: Any, tmp_path: Path) -> None:
+    names = ["a", "b", "c", "d"]
+    data = write_dataset(tmp_path / "small", dict.fromkeys(names, 5), names, None)
+    words = [f"data={data}", f"out={tmp_path / 'out'}", "experiment.vary.labels=[1]", "protocol.draws=1"]
+    with pytest.raises(GlocalError, match="Split 0 has no labelled test subject, so nothing would be measured"):
+        read_experiment(recipe, words)
+    assert read_experiment(recipe, [*words, "protocol.test=1"]).variants
+
+
+def test_datasets_are_compared_each_by_itself_and_one_training_serves_two_methods(
+    raw: Path, write_dataset: Any, tmp_path: Path
+) -> None:
+    """Each dataset has subjects of its own; `random` is the same training whatever the pre-training's temperature."""
+    names = ["u", "v", "w", "x"]
+    split = {"pretrain": names[:3], "development": [], "test": names[3:]}
+    other = write_dataset(tmp_path / "other", dict.fromkeys(names, 5), names, split)
+    path = tmp_path / "both.yaml"
+    datasets = {"one": {"data": str(raw)}, "other": {"data": str(other)}}
+    vary = {"contender": ["random", "pcl"], "dataset": datasets, "pretrain.pcl.temperature": [0.1, 0.5], "labels": [1]}
+    part = {"vary": vary, "names": {str(raw): "One", str(other): "Other"}, "statistics": {"resamples": 20}}
+    page = experiment(
+        written(path, protocol={"draws": 1}, experiment=part), [f"data={raw}", f"out={tmp_path / 'out'}"], workers=1
+    )
+    assert page is not None
+    said = html.unescape(page.read_text(encoding="utf-8"))
+    assert len(trained(tmp_path / "out")) == 2 * (1 + 2 + 2)
+    assert "No pictures of cases" not in said
+    assert (
+        said.count("labelled, One, first draw: worst") == said.count("labelled, Other, first draw: worst") == 2
+    )  # caption and alternative text
+    ranked = said[said.rindex("How sure is the order?") : said.index("Two draws or splits")]
+    assert ranked.count("1 labelled, One") == ranked.count("1 labelled, Other") == 4
+    assert "difference to random (right" in (page.parent / "figures" / "dice-1.svg").read_text(encoding="utf-8")
+    written(path, protocol={"draws": 1}, experiment=part | {"tables": {"iou": {"rows": list(vary)[:3]}}})
+    assert experiment(str(path), [f"data={raw}", f"out={tmp_path / 'out'}"], workers=1) == page
+    assert {path.name for path in page.parent.glob("table-*")} == {"table-iou.md", "table-iou.csv", "table-iou.tex"}
+
+
+def test_the_page_is_written_where_methods_have_no_training_in_common(recipe: str, raw: Path, tmp_path: Path) -> None:
+    words = [f"data={raw}", f"out={tmp_path / 'out'}", "experiment.vary.labels=[1]"]
+    design = read_experiment(recipe, words)
+    assert experiment(recipe, words, workers=1)
+    stores = whole_experiment._stores(design)
+    trainings = plan(design.variants, stores, design.out)
+    for training in trainings:  # as if one draw of each had failed
+        if (training.variant.contender == "pcl") == (training.draw == 0):
+            (training.job.folder / "manifest.json").unlink()
+    said = write_results(design, trainings, [], stores).read_text(encoding="utf-8")
+    assert "2 of 4 fine-tunings done" in said
+    assert "How sure is the order?" not in said
+
+
 def test_transductive_is_said_in_every_table(raw: Path, tmp_path: Path) -> None:
     """With an axis of its own name, tables of two metrics, and names for options."""
     methods = {"random": {"contender": "random"}, "slow": {"contender": "pcl", "finetune.learning_rate": 0.0001}}
@@ -391,7 +468,16 @@ def test_transductive_is_said_in_every_table(raw: Path, tmp_path: Path) -> None:
         (["experiment.tables.dice.metrik=dice"], "did you mean 'metric'"),
         (["experiment.vari=[1]"], "experiment.vari is not a setting: did you mean 'vary'"),
         (["experiment.baseline.contender=simclr"], "experiment.baseline names contender=simclr"),
-        (["name=finetune"], "name=finetune is a folder that experiments share"),
+        (["name=finetune"], "name=finetune is what experiments share in their folder"),
+        (["name=machine.json"], "is what experiments share in their folder"),
+        (["name=../elsewhere"], r"name: '\.\./elsewhere' cannot be the name of a file"),
+        (["name=.."], "cannot be the name of a file"),
+        (["experiment.tables={a/b: {}}"], "experiment.tables: 'a/b' cannot be the name of a file"),
+        (["experiment.names={random: A, pcl: A}"], "Two methods would be called 'A'"),
+        (["experiment.tables.dice.structure=wal"], "names the structure 'wal': did you mean"),
+        (["experiment.tables.dice.checkpoint=best"], "needs validation volumes: set finetune.validation"),
+        (["experiment.tables.dice.metric=nsd", "preprocess.spacing_known=false"], "nsd, which is in mm"),
+        (["experiment.vary.labels=[3]"], "With labels=3 two of the 2 draws of split 0 would label the same volumes"),
         (["data=nowhere"], "nowhere"),
     ],
 )
@@ -407,6 +493,11 @@ def test_what_cannot_be_is_refused_before_anything_runs(
 def test_what_is_missing_is_said(recipe: str, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(GlocalError, match="Say which data: data=DATASET"):
         experiment(recipe)
+    with pytest.raises(GlocalError, match="Say which data: data=DATASET"):
+        experiment(written(tmp_path / "empty.yaml", data=None))
+    write_json(tmp_path / "run" / "recipe.yaml", {})
+    with pytest.raises(GlocalError, match="run holds a run, not experiments: choose another folder with out=FOLDER"):
+        experiment(recipe, [f"data={raw}", f"out={tmp_path / 'run'}"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(GlocalError, match="start it without torchrun or srun"):
         experiment(recipe, [f"data={raw}", f"out={tmp_path / 'out'}"])

@@ -348,6 +348,12 @@ def test_any_executor_of_processes_will_do(tmp_path: Path) -> None:
         executor_named(pool)
 
 
+def test_an_executor_that_broke_is_said(tmp_path: Path) -> None:
+    made, said = [job(tmp_path / "a", be_killed, times=9), job(tmp_path / "b")], "takes no more trainings: start again"
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool, pytest.raises(GlocalError, match=said):
+        do(made, "", executor_named(pool, workers=1), keep_going=True)
+
+
 def test_executors_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert named(executor_named("local", 1)) == "Here"
     pool = executor_named("local", 3, "cpu", threads=2)

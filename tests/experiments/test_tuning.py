@@ -125,10 +125,18 @@ def test_trials_depend_on_the_seed_alone() -> None:
         ({"pretrain.tempratur": [1, 2, 3]}, r"pretrain\.pcl\.tempratur is not a setting: did you mean 'temperature'"),
         ({"finetune.learning_rate": [-1, 0.2, 0.3]}, r"finetune\.learning_rate=-1 does not fit"),
         ({"finetune.batch": [3, 4, 5]}, r"experiment\.tune\.keys names finetune\.batch, which experiment\.vary varies"),
+        ({"finetune.loss": ["dice", "dice+ce"]}, r"names finetune\.loss, which experiment\.vary varies"),
+        ({"pretrain.threshold": [0.1, 0.2]}, r"names pretrain\.threshold, which experiment\.vary varies"),
+        ({"seed": [1, 2, 3]}, r"names seed, which must be the same for all methods"),
+        ({"finetune.seed": [1, 2, 3]}, r"names finetune\.seed, which must be the same for all methods"),
+        ({"finetune.validation": [1, 2, 3]}, r"names finetune\.validation, which must be the same"),
+        ({"protocol.transductive": [True]}, r"names protocol\.transductive, which must be the same"),
     ],
 )
 def test_keys_and_values_that_do_not_fit_are_refused(keys: dict[str, Any], sentence: str) -> None:
-    found = varied(contender=["pcl"], **{"finetune.batch": [2, 4]})
+    """Also what only some options of an axis set: chosen settings would take the place of these."""
+    labels = {1: {}, "all": {"finetune.loss": "dice", "pretrain.pcl.threshold": 0.3}}
+    found = varied(contender=["pcl"], labels=labels, **{"finetune.batch": [2, 4]})
     with pytest.raises(GlocalError, match=sentence):
         trials_of(found, options(trials=2, keys=keys))
 

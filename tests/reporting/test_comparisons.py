@@ -124,6 +124,9 @@ def test_the_baseline_is_quiet_and_nothing_else_is() -> None:
     drawn = forest(differences(["random", "GCL"]), "x").decode()
     assert "stroke: #0072b2; stroke-width: 2.2" in drawn
     assert f"stroke: {QUIET}; stroke-width: 2.2" not in drawn
+    several = differences(["random A", "random B", "GCL"])  # a baseline for each dataset
+    several.loc[several["method"] == "random B", "difference"] = np.nan
+    assert "stroke: #d55e00; stroke-width: 2.2" in forest(several, "x").decode()
 
 
 @pytest.mark.parametrize("methods", [METHODS[:2], METHODS, LONG])
@@ -151,14 +154,14 @@ def test_boxes_leave_out_what_was_not_measured() -> None:
 
 def test_forest_groups_by_budget_without_the_baseline() -> None:
     found = words(forest(differences(METHODS), "← worse   Δ   better →"))
-    heads = ["1 labelled volume", "8 labelled volumes", "10 labelled volumes", "all labelled volumes"]
+    heads = ["1 labelled", "8 labelled", "10 labelled", "all labelled"]
     assert [word for word in found if word in (*heads, *METHODS)] == [
         word for head in heads for word in (head, *METHODS[1:])
     ]
     assert "← worse   Δ   better →" in found
     alone = differences(METHODS)
     alone.loc[alone["labels"] == "8", "difference"] = np.nan  # nothing to compare there
-    assert "8 labelled volumes" not in words(forest(alone, "x"))
+    assert "8 labelled" not in words(forest(alone, "x"))
 
 
 def slow_groups(values: dict[str, float], difference: float) -> set[frozenset[str]]:

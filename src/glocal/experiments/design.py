@@ -5,19 +5,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glocal.data.dataset import read_dataset
+from glocal.data.dataset import Dataset, read_dataset
 from glocal.devices import device_named, precision_of
 from glocal.errors import GlocalError
+from glocal.evaluation.metrics import OVERLAPS
 from glocal.experiments.derive import derived
 from glocal.experiments.grid import ExperimentOptions, Variant, baseline_of, experiment_options, variants
 from glocal.experiments.layout import TableOptions, check_layout
 from glocal.experiments.recipe import read_recipe
-from glocal.experiments.trainings import refuse_impossible_draws
+from glocal.experiments.trainings import refuse_impossible_draws, refuse_unmeasured
 from glocal.experiments.tuning import Trial, refuse_untunable, trials_of
 from glocal.files import read_json
+from glocal.finetuning.registry import finetuning_options
+from glocal.options import closest
 
 OUT = "experiments"  # where results go if a recipe does not say
-SHARED = ("stores", "pretrain", "finetune")  # folders of `out` that all its experiments share
+SHARED = ("stores", "pretrain", "finetune", "machine.json")  # what all experiments of `out` share
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,16 @@ class Experiment:
         axes = [axis for axis, options in self.axes.items() if axis != "labels" and len(options) > 1]
         return " + ".join(self._name(axis, str(place[axis])) for axis in axes or list(self.axes)[:1])
 
+    def group_name(self, variant: Variant) -> str:
+        """Within what methods are ranked and pictured: a budget, and where there are several datasets, one of them."""
+        data, several = str(variant.recipe.data), len({other.recipe.data for other in self.variants}) > 1
+        return f"{variant.axes['labels']} labelled{f', {self.options.names.get(data, data)}' if several else ''}"
+
+    @property
+    def baseline_name(self) -> str:
+        """What all else is compared with, in words."""
+        return ", ".join(self.options.names.get(option, option) for option in self.baseline.values())
+
     def _name(self, axis: str, option: str) -> str:
         bare = option not in self.options.names and (option in ("true", "false") or option[:1] in "-.0123456789")
         return f"{axis} {option}" if bare else self.options.names.get(option, option)
@@ -70,27 +83,63 @@ def read_experiment(recipe: str, words: Sequence[str] = ()) -> Experiment:
         GlocalError: what the user can correct.
     """
     settings = read_recipe(recipe, words)
-    if "data" not in settings:
+    if not settings.get("data"):
         raise GlocalError("Say which data: data=DATASET (and where to with out=FOLDER, else `experiments`).")
     options = experiment_options(settings.pop("experiment", {}))
     asked = {**settings, "experiment": options.model_dump(mode="json") | {"vary": options.vary}}
-    out = Path(settings.get("out", OUT)).resolve()
-    settings = derived(settings | {"data": str(Path(settings["data"]).resolve()), "out": str(out)})
-    if settings["name"] in SHARED:
-        raise GlocalError(f"name={settings['name']} is a folder that experiments share: choose another name.")
+    out = Path(str(settings.get("out") or OUT)).resolve()
+    if (out / "recipe.yaml").exists():
+        raise GlocalError(f"{out} holds a run, not experiments: choose another folder with out=FOLDER.")
+    settings = derived(settings | {"data": str(Path(str(settings["data"])).resolve()), "out": str(out)})
     found = variants(_decided(settings, out), options)
+    _refuse_names(settings["name"], options.tables)
     axes = axes_of(found)
     rows = tuple(axis for axis in axes if axis != "labels" and (len(axes[axis]) > 1 or axis == "contender"))
     tables = dict(options.tables) or {"dice": TableOptions(rows=rows or (next(iter(axes)),))}
-    for table in tables.values():
-        check_layout(table, axes)
     trials = trials_of(found, options.tune) if options.tune else []
     datasets = {data: read_dataset(data) for data in dict.fromkeys(variant.recipe.data for variant in found)}
-    for refuse, refused in ((refuse_untunable, (t.variant for t in trials)), (refuse_impossible_draws, found)):
+    for table in tables.values():
+        check_layout(table, axes)
+        _refuse_unknown_figures(table, found, list(datasets.values()))
+    tried = [trial.variant for trial in trials]
+    for refuse, refused in ((refuse_untunable, tried), (refuse_impossible_draws, found), (refuse_unmeasured, found)):
         for variant in refused:
             dataset = datasets[variant.recipe.data]
             refuse(variant.recipe, dataset.members, dataset.split)
-    return Experiment(settings["name"], out, asked, options, found, trials, baseline_of(options, found), tables)
+    design = Experiment(settings["name"], out, asked, options, found, trials, baseline_of(options, found), tables)
+    _refuse_namesakes(design)
+    return design
+
+
+def _refuse_names(name: str, tables: Mapping[str, TableOptions]) -> None:
+    """Results lie in a folder and in files that are called like these."""
+    if name in SHARED:
+        raise GlocalError(f"name={name} is what experiments share in their folder: choose another name.")
+    for key, chosen in (("name", name), *(("experiment.tables", table) for table in tables)):
+        if Path(chosen).name != chosen or not chosen or chosen.startswith("."):
+            raise GlocalError(
+                f"{key}: {chosen!r} cannot be the name of a file, choose one without / and dots in front."
+            )
+
+
+def _refuse_namesakes(design: Experiment) -> None:
+    methods: dict[str, Mapping[str, str]] = {}
+    for variant in design.variants:
+        name = design.method_name(variant.axes)
+        if methods.setdefault(name, variant.method) != variant.method:
+            raise GlocalError(f"Two methods would be called {name!r}: give each its own name in experiment.names.")
+
+
+def _refuse_unknown_figures(table: TableOptions, found: Sequence[Variant], datasets: Sequence[Dataset]) -> None:
+    """A table of what no training measures is refused now, not when all have ended."""
+    structures = ["mean", *dict.fromkeys(name for dataset in datasets for name in dataset.foreground)]
+    if table.structure not in structures:
+        raise GlocalError(f"A table names the structure {table.structure!r}: {closest(table.structure, structures)}")
+    recipes = [variant.recipe for variant in found]
+    if table.checkpoint == "best" and not any(finetuning_options(r.part(r.finetune)).validation for r in recipes):
+        raise GlocalError("A table shows the best checkpoint, which needs validation volumes: set finetune.validation.")
+    if table.metric not in OVERLAPS and not any(recipe.preprocess.spacing_known for recipe in recipes):
+        raise GlocalError(f"A table shows {table.metric}, which is in mm, but preprocess.spacing_known is false.")
 
 
 def _decided(settings: dict[str, Any], out: Path) -> dict[str, Any]:

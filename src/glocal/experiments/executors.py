@@ -175,8 +175,18 @@ class Given(Executors):
         return self.workers
 
     def submit(self, work: Work, arguments: dict[str, Any]) -> Future[Any]:
-        """Hand it on."""
-        return self.executor.submit(attempt, work, arguments)
+        """Hand it on.
+
+        Raises:
+            GlocalError: one of its processes was killed, after which it takes no more jobs.
+        """
+        try:
+            return self.executor.submit(attempt, work, arguments)
+        except BrokenExecutor as error:
+            raise GlocalError(
+                "A process of the executor was killed, and it takes no more trainings: start again with a new one, it "
+                "continues."
+            ) from error
 
     def close(self, at_once: bool) -> None:
         """It belongs to who gave it."""

@@ -21,6 +21,7 @@ from glocal.experiments.layout import METRIC_NAMES, TableOptions, lay_out
 from glocal.experiments.plan import Training
 from glocal.experiments.results import values_of
 from glocal.experiments.sections import shown_slice
+from glocal.finetuning.finetune import TRANSDUCTIVE
 from glocal.reporting import comparisons
 from glocal.reporting.comparisons import PictureRow
 from glocal.reporting.html import Picture
@@ -76,8 +77,10 @@ def findings(design: Experiment, results: pd.DataFrame) -> list[Finding]:
 
 
 def _named(design: Experiment, frame: pd.DataFrame) -> pd.DataFrame:
-    """With a column `method`, which takes the place of an axis of this name."""
-    return frame.assign(method=[design.method_name(place) for place in frame[list(design.axes)].to_dict("records")])
+    """With columns `method` and `group` (within which methods are ranked), in the place of axes of these names."""
+    names = {tuple(v.axes.values()): (design.method_name(v.axes), design.group_name(v)) for v in design.variants}
+    found = [names[place] for place in frame[list(design.axes)].itertuples(index=False, name=None)]
+    return frame.assign(method=[method for method, _ in found], group=[group for _, group in found])
 
 
 def caption(design: Experiment, summary: pd.DataFrame) -> str:
@@ -93,14 +96,20 @@ def caption(design: Experiment, summary: pd.DataFrame) -> str:
         if design.transductive
         else ("no test subject was part of any training (inductive)")
     )
-    baseline = ", ".join(design.options.names.get(option, option) for option in design.baseline.values())
     trainings = int(summary["trainings"].max())
     counts = f"{trainings} training{'s' * (trainings != 1)} a cell: {_counts(summary)}"
     return (
         f"Means over {judged}, measured in volumes of native resolution; {counts}; {pretrained}. Differences are "
-        f"paired with {baseline}: same split, draw and subject. Budgets count labelled {protocol.budget}. "
+        f"paired with {design.baseline_name}: same split, draw and subject. Budgets count labelled {protocol.budget}. "
         f"{unit_sentence(design.options.statistics, summary)}"
     )
+
+
+def cautions(design: Experiment) -> str:
+    """What a reader of any table must know, if there is something."""
+    chosen_on = any(variant.recipe.protocol.evaluate == "development" for variant in design.variants)
+    development = "Measured on development subjects: for choosing, not for reporting." if chosen_on else ""
+    return f"{TRANSDUCTIVE if design.transductive else ''} {development}".strip()
 
 
 def _counts(summary: pd.DataFrame) -> str:
@@ -109,54 +118,56 @@ def _counts(summary: pd.DataFrame) -> str:
 
 
 def figures_of(design: Experiment, finding: Finding) -> Iterator[Picture]:
-    """Curves over budgets, paired differences, and for each budget ranks; what has too little to show is left out."""
-    of_budget = dict(iter(finding.values.groupby("labels", sort=False)))
-    if len(of_budget) > 1:
+    """Curves over budgets, and paired differences; what has too little to show is left out."""
+    if finding.values["labels"].nunique() > 1:
         curves = comparisons.budget_curves(finding.summary, finding.label)
         yield Picture(f"{finding.label} by budget, with intervals over subjects and draws", curves, "svg", wide=True)
     if finding.summary["difference"].notna().any():
         side = "right is better" if finding.higher_is_better else "left is better"
-        baseline = design.method_name(
-            {**{axis: options[0] for axis, options in design.axes.items()}, **design.baseline}
-        )
-        forest = comparisons.forest(finding.summary, f"{finding.label}, difference to {baseline} ({side})")
+        forest = comparisons.forest(finding.summary, f"{finding.label}, difference to {design.baseline_name} ({side})")
         yield Picture(
-            f"Paired differences to {baseline}, with intervals over subjects and draws", forest, "svg", wide=True
+            f"Paired differences to {design.baseline_name}, with intervals over subjects and draws",
+            forest,
+            "svg",
+            wide=True,
         )
 
 
 def ranks_of(design: Experiment, finding: Finding) -> Iterator[tuple[str, pd.DataFrame, float, Picture | None]]:
-    """For every budget: how sure the order of the methods is, how alike draws order them, and the diagram of ranks."""
+    """For every group: how sure the order of the methods is, how alike draws order them, and the diagram of ranks.
+
+    Left out is a group in which too much failed for methods to have a training in common.
+    """
     statistics = design.options.statistics
-    for budget, values in finding.values.groupby("labels", sort=False):
+    for group, values in finding.values.groupby("group", sort=False):
         methods = list(values["method"].unique())
-        if len(methods) < 2:
+        measured = values.dropna(subset="value").groupby(["split", "draw", "subject"])["method"].nunique()
+        common = measured[measured == len(methods)].index.unique("subject")
+        if len(methods) < 2 or common.empty:
             continue
         ranks = rank_stability(values, methods, statistics, finding.higher_is_better)
         picture = None
-        if len(methods) > 2 and values["subject"].nunique() > 1:
+        if len(methods) > 2 and len(common) > 1:
             found = critical_difference(values, statistics.level, finding.higher_is_better)
             text = (
-                f"Mean ranks over {found.units} subjects, {budget} labelled: methods under one bar do not differ by "
+                f"Mean ranks over {found.units} subjects, {group}: methods under one bar do not differ by "
                 f"more than the critical difference (Nemenyi); Friedman p = {found.friedman_p:.2g}"
             )
             picture = Picture(
                 text, comparisons.critical_difference_diagram(found.ranks, found.difference), "svg", wide=True
             )
-        yield str(budget), ranks, order_agreement(values), picture
+        yield str(group), ranks, order_agreement(values), picture
 
 
 def boxes_of(design: Experiment, results: pd.DataFrame) -> Iterator[Picture]:
-    """For every budget the Dice of every class and method, one point per subject."""
-    axes = list(design.axes)
+    """For every group the Dice of every class and method, one point per subject."""
     chosen = results[results["checkpoint"] == "last"]
-    keys = [*axes, "class", "subject"]
-    values = chosen.groupby(keys, sort=False)["dice"].mean().rename("value").reset_index()
-    values["method"] = [design.method_name(place) for place in values[axes].to_dict("records")]
-    for budget, of_budget in values.groupby("labels", sort=False):
-        boxes = comparisons.class_boxes_by_method(of_budget, "Dice")
+    keys = [*design.axes, "class", "subject"]
+    values = _named(design, chosen.groupby(keys, sort=False)["dice"].mean().rename("value").reset_index())
+    for group, of_group in values.groupby("group", sort=False):
+        boxes = comparisons.class_boxes_by_method(of_group, "Dice")
         yield Picture(
-            f"{budget} labelled: Dice by structure, each point a subject (mean over its trainings)",
+            f"{group}: Dice by structure, each point a subject (mean over its trainings)",
             boxes,
             "svg",
             wide=True,
@@ -166,28 +177,28 @@ def boxes_of(design: Experiment, results: pd.DataFrame) -> Iterator[Picture]:
 def pictures_of(
     design: Experiment, trainings: Sequence[Training], results: pd.DataFrame, stores: Mapping[Path, Store]
 ) -> Iterator[Picture]:
-    """For every budget the worst, the median and the best test case, expert and all methods side by side.
+    """For every group the worst, the median and the best test case, expert and all methods side by side.
 
     Cases are picked by their mean Dice over all methods, in the first split and draw.
 
     Raises:
         GlocalError: the raw dataset is no longer where the stores were made from.
     """
-    first = [t for t in trainings if t.split.index == 0 and t.draw == 0 and t.job.done()]
-    for budget in dict.fromkeys(training.variant.axes["labels"] for training in first):
-        chosen = {design.method_name(t.variant.axes): t for t in first if t.variant.axes["labels"] == budget}
-        folders = {str(training.job.folder): name for name, training in chosen.items()}
-        rows = results[results["run"].isin(folders) & (results["checkpoint"] == "last")]
-        if rows.empty:
-            continue
-        rows = rows.assign(method=rows["run"].map(folders))
+    first = (results["split"] == 0) & (results["draw"] == 0) & (results["checkpoint"] == "last")
+    trained = {
+        (design.group_name(t.variant), design.method_name(t.variant.axes)): t
+        for t in trainings
+        if t.split.index == 0 and t.draw == 0
+    }
+    for group, rows in _named(design, results[first]).groupby("group", sort=False):
+        chosen = {method: trained[str(group), method] for method in rows["method"].unique()}
         order = rows.groupby("case")["dice"].mean().sort_values()
         picks = dict.fromkeys(order.index[[0, (len(order) - 1) // 2, len(order) - 1]])
         miou = rows.groupby(["case", "method"])["iou"].mean()
         store = stores[next(iter(chosen.values())).job.arguments["store"]]
         drawn = [_row(store, str(case), chosen, miou[case].to_dict()) for case in picks]
         grid = comparisons.picture_grid(drawn, list(chosen), store.labels)
-        text = f"{budget} labelled, first draw: worst, median and best case, with the mean IoU of the whole volume"
+        text = f"{group}, first draw: worst, median and best case, with the mean IoU of the whole volume"
         yield Picture(text, grid, "png", wide=True)
 
 

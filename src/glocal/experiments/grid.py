@@ -66,7 +66,9 @@ class ExperimentOptions(BaseModel):
         default_factory=dict, description="axis: option that all else is compared with; the first contender if not said"
     )
     names: dict[Name, str] = Field(default_factory=dict, description="option: how tables and figures call it")
-    tables: dict[str, TableOptions] = Field(default_factory=dict, description="tables by name; one of Dice if not said")
+    tables: dict[Name, TableOptions] = Field(
+        default_factory=dict, description="tables by name; one of Dice if not said"
+    )
     statistics: StatisticsOptions = StatisticsOptions()
     tune: TuneOptions | None = None
 
@@ -201,11 +203,6 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
             value = {level: value}
         result = merged(result, value)
     return result
-
-
-def _holds(settings: Mapping[str, Any], key: Sequence[str]) -> bool:
-    below = settings.get(key[0])
-    return below is not None if len(key) == 1 else isinstance(below, Mapping) and _holds(below, key[1:])
 
 
 def baseline_of(options: ExperimentOptions, found: Sequence[Variant]) -> dict[str, str]:

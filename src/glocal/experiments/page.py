@@ -14,14 +14,13 @@ from glocal import runs
 from glocal.data.store import Store
 from glocal.errors import GlocalError
 from glocal.experiments.design import Experiment
-from glocal.experiments.findings import Finding, boxes_of, figures_of, findings, pictures_of, ranks_of
+from glocal.experiments.findings import Finding, boxes_of, cautions, figures_of, findings, pictures_of, ranks_of
 from glocal.experiments.jobs import Failure
 from glocal.experiments.plan import Training
 from glocal.experiments.report import report
 from glocal.experiments.results import collect, scores_of
 from glocal.experiments.sections import count
 from glocal.files import replacing, write_bytes, write_text
-from glocal.finetuning.finetune import TRANSDUCTIVE
 from glocal.progress import track
 from glocal.reporting.html import Cell, Picture, Report, Section, Table, write_report
 from glocal.reporting.typeset import csv, html_table, latex, markdown
@@ -44,11 +43,13 @@ def write_results(
     write_text(
         design.folder / "recipe.yaml", yaml.safe_dump(dict(design.settings), sort_keys=False, allow_unicode=True)
     )
+    for old in (*design.folder.glob("table-*.*"), *design.folder.glob("figures/*")):
+        old.unlink()  # the recipe may no longer ask for it
     results = collect(trainings)
     done = [training for training in trainings if training.job.done()]
     for training in track(done, "Reports", len(done)):
         for job in (training.before, training.job):
-            if job is not None and not (job.folder / "report.html").exists():
+            if job is not None and job.done() and not (job.folder / "report.html").exists():
                 report(job.folder)
     scores = scores_of(trainings, results)
     _write_csv(design.folder / "trainings.csv", scores.assign(run=_relative(design, scores["run"])))
@@ -85,7 +86,7 @@ def _measured(
         table = _with_links(design, finding)
         # How to read them is long, and said once.
         layout = finding.layout
-        rest = layout.caption if finding is found[0] else TRANSDUCTIVE if design.transductive else ""
+        rest = layout.caption if finding is found[0] else cautions(design)
         tables.append(replace(table, note=f"{layout.note} {rest}"))
         if finding.what not in drawn:
             drawn.add(finding.what)
@@ -107,18 +108,17 @@ def _measured(
 
 
 def _key_figures(design: Experiment, finding: Finding) -> list[tuple[str, str]]:
-    """For the smallest budgets: the baseline, the best method, and by how much it is better."""
+    """For the first groups: the baseline, the best method, and by how much it is better."""
     figures: list[tuple[str, str]] = []
-    for budget, rows in list(finding.summary.groupby("labels", sort=False))[:2]:
+    for group, rows in list(finding.summary.groupby("group", sort=False))[:2]:
         order = rows.sort_values("mean", ascending=not finding.higher_is_better)
         shown = pd.concat([rows[rows["baseline"]].head(1), order.head(1)]).drop_duplicates()
         figures += [
-            (f"{finding.label}, {row['method']}, {budget} labelled", f"{row['mean']:.3f}")
-            for row in shown.to_dict("records")
+            (f"{finding.label}, {row['method']}, {group}", f"{row['mean']:.3f}") for row in shown.to_dict("records")
         ]
         best = order.iloc[0]
         if pd.notna(best["difference"]):
-            figures.append((f"{best['method']} against the baseline, {budget} labelled", f"{best['difference']:+.3f}"))
+            figures.append((f"{best['method']} against the baseline, {group}", f"{best['difference']:+.3f}"))
     return figures
 
 
@@ -154,15 +154,15 @@ def _anchor(design: Experiment, place: Mapping[Any, Any]) -> str:
 
 
 def _ranks(design: Experiment, finding: Finding) -> Section | None:
-    """How sure the order of the methods is, for every budget."""
+    """How sure the order of the methods is, for every group."""
     statistics = design.options.statistics
     rows, pictures, agreements = [], [], []
-    for budget, ranks, agreement, picture in ranks_of(design, finding):
+    for group, ranks, agreement, picture in ranks_of(design, finding):
         for row in ranks.to_dict("records"):
             interval = f"{row['rank']:.1f} [{row['low']:.0f}, {row['high']:.0f}]"
-            rows.append([budget, str(row["method"]), f"{row['mean']:.3f}", interval, f"{100 * row['first']:.0f} %"])
+            rows.append([group, str(row["method"]), f"{row['mean']:.3f}", interval, f"{100 * row['first']:.0f} %"])
         if pd.notna(agreement):
-            agreements.append(f"{agreement:.2f} with {budget}")
+            agreements.append(f"{agreement:.2f} with {group}")
         pictures += [picture] if picture else []
     if not rows:
         return None
@@ -171,7 +171,7 @@ def _ranks(design: Experiment, finding: Finding) -> Section | None:
         "method comes first. Two draws or splits order the methods alike (Kendall's tau; 1 always, 0 by chance): "
         f"{', '.join(agreements) or 'not known from one'}."
     )
-    table = Table(finding.label, ["Labelled", "Method", "Mean", "Rank", "First"], rows, note)
+    table = Table(finding.label, ["Among", "Method", "Mean", "Rank", "First"], rows, note)
     return Section("How sure is the order?", tables=[table], pictures=_kept(design, "ranks", pictures))
 
 
@@ -205,8 +205,7 @@ def _page(design: Experiment, trainings: Sequence[Training], failures: Sequence[
     done = sum(training.job.done() for training in trainings)
     summary = str(design.settings.get("summary", "")).strip()
     lead = f"{summary}\n\n{done} of {count(trainings, 'fine-tuning')} done. What varies: {varied or 'nothing'}."
-    if design.transductive:
-        lead += f" {TRANSDUCTIVE}"
+    lead = f"{lead} {cautions(design)}".strip()
     warnings = [f"{failure.job.folder.relative_to(design.out)}: {failure.reason}" for failure in failures]
     warnings += _warnings(design, trainings)
     footer = f"Made by glocal {runs.environment()['glocal']}. Research software, not a medical device."
@@ -234,7 +233,7 @@ def _tuning(tuning: pd.DataFrame | None) -> list[Section]:
             str(row["method"]),
             str(row["trial"]),
             str(row["settings"]),
-            f"{row['dice']:.3f}",
+            "failed" if pd.isna(row["dice"]) else f"{row['dice']:.3f}",
             "yes" if row["chosen"] else "",
         ]
         for row in tuning.to_dict("records")

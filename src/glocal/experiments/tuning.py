@@ -25,8 +25,13 @@ from glocal.experiments.trainings import (
 )
 from glocal.finetuning.registry import finetuning_options
 from glocal.pretraining.registry import pretraining_options
+from glocal.runs import flatten
 
 Settings = dict[str, Any]
+
+TUNABLE = ("network", "preprocess", "pretrain", "finetune", "max_iterations")
+# These say on whom a method is trained, or by which chance: methods that differ in them cannot be compared.
+SAME_FOR_ALL = ("seed", "labels", "validation", "draw")
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,7 @@ def trials_of(variants: Sequence[Variant], options: TuneOptions) -> list[Trial]:
         GlocalError: a method has fewer settings to try, a key is an axis, or a key or value does not fit.
     """
     for key in options.keys:
-        if KEYS.get(key, key) in (KEYS.get(axis, axis) for axis in variants[0].axes):
-            raise GlocalError(
-                f"experiment.tune.keys names {key}, which experiment.vary varies: leave it to one of them."
-            )
+        _refuse_key(key, variants)
     found = []
     firsts: dict[tuple[str, ...], Variant] = {}
     for variant in variants:
@@ -69,6 +71,22 @@ def trials_of(variants: Sequence[Variant], options: TuneOptions) -> list[Trial]:
             tried = variant.given(settings).given({**short, "protocol.draws": options.draws})
             found.append(Trial(method, number, settings, Variant(places, tried.settings)))
     return sorted(found, key=lambda trial: trial.number)
+
+
+def _refuse_key(key: str, variants: Sequence[Variant]) -> None:
+    """What an axis or any of its options sets is not tuned: the choice would take its place everywhere."""
+    settings = [flatten(dict(variant.settings)) for variant in variants]
+    axes = [KEYS.get(axis, axis) for axis in variants[0].axes]
+    for full in {KEYS.get(name, name) for variant in variants for name in _keys_of(variant, {key: ()})}:
+        if full in axes or len({str(found.get(full)) for found in settings}) > 1:
+            raise GlocalError(
+                f"experiment.tune.keys names {key}, which experiment.vary varies: leave it to one of them."
+            )
+        if full.partition(".")[0] not in TUNABLE or full.rpartition(".")[2] in SAME_FOR_ALL:
+            raise GlocalError(
+                f"experiment.tune.keys names {key}, which must be the same for all methods: tune keys of "
+                f"{', '.join(TUNABLE)}, but not {', '.join(SAME_FOR_ALL)}."
+            )
 
 
 def _grid(variant: Variant, keys: Mapping[str, Sequence[Any]]) -> list[Settings]:

@@ -63,7 +63,7 @@ def budget_curves(frame: pd.DataFrame, ylabel: str = "Dice") -> bytes:
             look = f"{MARKERS[number % len(MARKERS)]}{'--' if number > 6 else '-'}"
             handles += axes.plot(x, rows["mean"], look, color=_colour(number), linewidth=1.6, markersize=5.5)
         axes.set_xticks(range(len(budgets)), budgets)
-        axes.set(xlabel="Labelled volumes", ylabel=ylabel, xlim=(-0.5, len(budgets) - 0.5))
+        axes.set(xlabel="Labelled", ylabel=ylabel, xlim=(-0.5, len(budgets) - 0.5))
         axes.grid(axis="x", visible=False)
         _methods_below(figure, handles, methods)
         return figures.to_bytes(figure, "svg")
@@ -104,18 +104,18 @@ def forest(frame: pd.DataFrame, xlabel: str) -> bytes:
     rows without a difference (the baseline's own) are left out. `xlabel` should say which side is better.
     """
     _check(frame, ["method", "labels", "difference", "difference_low", "difference_high"])
+    order = list(frame["method"].unique())  # with the baseline: its place counts for the colours of the others
     frame = frame.dropna(subset="difference")
-    budgets, methods = _budgets(frame), list(frame["method"].unique())
-    names = {name: _wrapped(name, 22) for name in methods}
+    budgets, names = _budgets(frame), {name: _wrapped(name, 22) for name in frame["method"].unique()}
     height = 0.1 + LINE * max(name.count("\n") + 1 for name in names.values())
     ticks: list[str] = []
     with mpl.rc_context(STYLE):
         figure, axes = figures.canvas("", 0.8 + height * (len(frame) + len(budgets)))
         for budget in budgets:
             axes.axhspan(len(ticks) - 0.5, len(ticks) + 0.5, color="#f0f3f6", linewidth=0)
-            ticks.append(f"{budget} labelled volume{'' if budget == '1' else 's'}")
+            ticks.append(f"{budget} labelled")
             for row in frame[frame["labels"] == budget].to_dict("records"):
-                number = methods.index(row["method"]) + 1  # 0 is the baseline
+                number = order.index(row["method"])
                 y, ends, ink = len(ticks), (row["difference_low"], row["difference_high"]), _colour(number)
                 axes.plot(ends, (y, y), color=ink, linewidth=2.2, solid_capstyle="butt")  # a cap would lengthen it
                 axes.plot(row["difference"], y, MARKERS[number % len(MARKERS)], color=ink, markersize=6.5)
