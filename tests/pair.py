@@ -40,8 +40,9 @@ def train_in_double(kind: str, name: str, number: int, store: str, settings: dic
         from glocal.pretraining.registry import method_named, pretraining_options
 
         options: Any = pretraining_options(settings)
-        make = method_named(name).stages(options)[number][1]
-        learner: Any = make(build(options.network, 1, 3), pool, options)
+        method = method_named(name)
+        make = method.stages(options)[number][1]
+        learner: Any = make(build(options.network, 1, 3), pool, options, *[pool] * method.uses_labels)
     else:
         from glocal.finetuning.registry import finetuning_options, strategy_named
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from glocal import __version__, runs
 from glocal.errors import GlocalError
@@ -29,6 +30,23 @@ def test_a_run_continues_with_the_settings_it_was_begun_with(tmp_path: Path) -> 
     runs.begin(folder, "finetune", SETTINGS)
     assert (folder / "recipe.yaml").read_bytes() == before
     assert runs.settings_of(folder) == {**SETTINGS, "kind": "finetune", "network": {"widths": [8, 16]}}
+
+
+class Options(BaseModel):
+    """What a later version knows of the settings above: `clip` has come."""
+
+    seed: int = 0
+    learning_rate: float = 1e-3
+    clip: float = 0.0
+
+
+def test_an_option_that_came_later_does_not_keep_a_run_from_continuing(tmp_path: Path) -> None:
+    runs.begin(tmp_path / "run", "finetune", SETTINGS)
+    runs.begin(tmp_path / "run", "finetune", SETTINGS | {"clip": 0.0}, Options)
+    with pytest.raises(GlocalError, match=r"begun with clip=0\.0, now it is 1\.0"):
+        runs.begin(tmp_path / "run", "finetune", SETTINGS | {"clip": 1.0}, Options)
+    with pytest.raises(GlocalError, match=r"begun with clip=None, now it is 0\.0"):
+        runs.begin(tmp_path / "run", "finetune", SETTINGS | {"clip": 0.0})
 
 
 @pytest.mark.parametrize(

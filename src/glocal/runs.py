@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from glocal import __version__
 from glocal.errors import Busy, GlocalError
@@ -33,13 +34,14 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def begin(folder: Path, kind: str, settings: dict[str, Any]) -> None:
+def begin(folder: Path, kind: str, settings: dict[str, Any], options: type[BaseModel] | None = None) -> None:
     """Begin a run in `folder`, or continue the one that was begun there with the same settings.
 
     Args:
         folder: the run folder; created if absent.
         kind: `pretrain`, `finetune` or `run`.
         settings: plain values as YAML holds them.
+        options: what some of the settings are the values of.
 
     Raises:
         GlocalError: the folder holds something else, or a run that was begun with other settings (names the key).
@@ -47,7 +49,7 @@ def begin(folder: Path, kind: str, settings: dict[str, Any]) -> None:
     recipe = folder / "recipe.yaml"
     settings = yaml.safe_load(yaml.safe_dump({"kind": kind, **settings}, sort_keys=False))
     if recipe.exists():
-        _refuse_difference(folder, settings_of(folder), settings)
+        _refuse_difference(folder, _completed(settings_of(folder), options), settings)
         return
     # Beside the hidden files of a process that begins the same run right now, and why it could not begin before.
     if folder.is_dir() and any(not (path.name.startswith(".") or path.name == FAILURE) for path in folder.iterdir()):
@@ -55,6 +57,15 @@ def begin(folder: Path, kind: str, settings: dict[str, Any]) -> None:
     if folder.exists() and not folder.is_dir():
         raise GlocalError(f"{folder} is a file: choose a folder for the run.")
     write_text(recipe, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+
+def _completed(begun: dict[str, Any], options: type[BaseModel] | None) -> dict[str, Any]:
+    """The settings of a run begun by an earlier version, with the options that came later at their defaults."""
+    known = {} if options is None else {key: begun[key] for key in options.model_fields if key in begun}
+    try:
+        return begun | (options.model_validate(known).model_dump(mode="json") if options else {})
+    except ValidationError:  # an option of then is none any more: its difference will be named
+        return begun
 
 
 def _refuse_difference(folder: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:

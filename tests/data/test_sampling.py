@@ -146,6 +146,24 @@ def test_a_pool_smaller_than_the_batch_gives_all_its_slices_every_time() -> None
     assert [sorted(pool.epoch(20, 0, step).index.tolist()) for step in range(3)] == [[0, 1, 2, 3, 4]] * 3
 
 
+def test_a_neighbour_is_the_slice_before_or_after_and_at_the_ends_the_only_one() -> None:
+    counts, draws = [1, 2, 5, 3], 400
+    pool = pool_of(counts, cases=[0, 1, 2])
+    slices = pool.epoch(8, 0, 0)
+    seen = [pool.neighbours(slices, generator(0, draw)) for draw in range(draws)]
+    assert seen[7].index.tolist() == pool.neighbours(slices, generator(0, 7)).index.tolist()
+    for k, (volume, number) in enumerate(zip(slices.volume.tolist(), slices.number.tolist(), strict=True)):
+        beside = [i for i in (number - 1, number + 1) if 0 <= i < counts[volume]] or [number]
+        found = Counter(int(one.number[k]) for one in seen)
+        assert sorted(found) == beside
+        assert all(abs(times - draws / len(beside)) < 5 * draws**0.5 / 2 for times in found.values())
+        for one in seen:
+            assert (int(one.volume[k]), int(one.count[k])) == (volume, counts[volume])
+            assert int(one.index[k]) == sum(counts[:volume]) + int(one.number[k])
+    sides = torch.stack([one.number - slices.number for one in seen])[:, (slices.volume == 2) & (slices.number % 4 > 0)]
+    assert sides.unique(dim=0).shape == (8, 3)  # each slice of a batch has a side of its own
+
+
 def test_what_is_drawn_hangs_on_seed_and_step_alone() -> None:
     pool = pool_of([9, 10, 11])
     steps = [pool.epoch(7, 3, step).index.tolist() for step in range(12)]

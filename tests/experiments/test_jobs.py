@@ -189,7 +189,10 @@ def test_a_killed_process_is_replaced_and_no_other_is_touched(tmp_path: Path) ->
     with Processes(2) as executor:
         (failure,) = do(listed, "Testing", executor, True)
     assert failure.job.folder == b
-    assert "b was killed again and again, most likely for lack of memory: use a smaller batch" in failure.reason
+    assert (
+        "b was killed, and again when it was tried anew, most likely for lack of memory: use a smaller batch"
+        in failure.reason
+    )
     assert finished(tmp_path) == {"a", "c", "d"}
     assert diary.read_text().split() == ["a", "d"]
     assert [len(list(folder.glob("killed-*"))) for folder in (b, c)] == [3, 1]
@@ -201,7 +204,7 @@ def test_without_keep_going_a_process_that_is_always_killed_stops_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Processes, "patience", 1)
-    with Processes(2) as executor, pytest.raises(GlocalError, match="killed again and again"):
+    with Processes(2) as executor, pytest.raises(GlocalError, match="was killed, and again"):
         do([job(tmp_path / "a", be_killed, times=99)], "Testing", executor)
 
 

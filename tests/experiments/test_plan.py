@@ -20,9 +20,11 @@ from glocal.data.plan import PreprocessOptions
 from glocal.data.preprocess import preprocess
 from glocal.data.sampling import Pool
 from glocal.data.store import Store
+from glocal.errors import GlocalError
 from glocal.evaluation import metrics
 from glocal.experiments.grid import Variant
 from glocal.experiments.plan import Training, jobs_of, plan, store_folder
+from glocal.experiments.trainings import refuse_impossible_draws
 from glocal.files import read_json
 from glocal.finetuning import supervised
 from glocal.finetuning.finetune import finetune
@@ -244,6 +246,80 @@ def test_another_preprocessing_version_makes_the_store_and_all_trainings_anew(
     assert image.stat().st_size > 1000
     assert second.digest() != first.digest()
     assert changed(before, identities(of=second)) == PRETRAININGS | FINETUNINGS
+
+
+LABELLED = {"pretrain": {"le": {"method": "label-efficient", "batch": 4, "outputs": 8, "log": []}}}
+
+
+def test_a_pretraining_with_labels_is_one_per_budget_and_draw(store: Store, tmp_path: Path) -> None:
+    """All its fine-tunings are of its own labels; one without labels serves them all."""
+    budgets = [1, 2, "all", ["case0", "case2"]]
+    trainings = [
+        training
+        for labels in budgets
+        for contender in ("pcl", "le")
+        for training in planned(
+            store,
+            tmp_path,
+            variant(contender, {**LABELLED, "finetune": {"labels": labels}, "protocol": {"draws": 2}}),
+        )
+    ]
+    assert len(trainings) == 16
+    folders: dict[str, set[Path]] = {"pcl": set(), "le": set()}
+    for training in trainings:
+        assert training.before is not None
+        before, after = training.before.arguments["settings"], training.job.arguments["settings"]
+        folders[training.variant.contender].add(training.before.folder)
+        if training.variant.contender == "le":
+            assert training.before.folder.name.startswith("label-efficient-")
+            assert [before[key] for key in ("labels", "draw", "seed")] == [
+                after[key] for key in ("labels", "draw", "seed")
+            ]
+        else:
+            assert not {"labels", "draw", "validation"} & set(before)
+        assert training.before.folder in training.job.needs
+    assert len(folders["pcl"]) == 1
+    assert len(folders["le"]) == 8
+    assert len({training.job.folder for training in trainings}) == 16
+
+
+@pytest.mark.parametrize(
+    ("over", "renamed"),
+    [
+        ({"protocol": {"budget": "subjects"}}, True),  # which volumes are labelled
+        ({"finetune": {"validation": 1}}, True),
+        ({"finetune": {"batch": 3}}, False),
+        ({"protocol": {"evaluate": "development"}}, False),
+    ],
+)
+def test_what_says_which_volumes_are_labelled_renames_a_pretraining_with_labels(
+    over: dict[str, Any], renamed: bool, store: Store, tmp_path: Path
+) -> None:
+    def before(of: Mapping[str, Any]) -> dict[str, Path]:
+        found = {name: planned(store, tmp_path, variant(name, merged(LABELLED, of)))[0] for name in ("pcl", "le")}
+        return {name: training.before.folder for name, training in found.items() if training.before}
+
+    first, second = before({}), before(over)
+    assert (first["le"] != second["le"]) == renamed
+    assert first["pcl"] == second["pcl"]
+
+
+@pytest.mark.parametrize(
+    ("over", "sentence"),
+    [
+        ({"pretrain": {"le": {"labels": 2}}}, r"pretrain\.le\.labels is always that of the fine-tuning: leave it out"),
+        ({"pretrain": {"le": {"draw": 1}}}, r"pretrain\.le\.draw is always"),
+        ({"pretrain": {"le": {"seed": 1}}}, r"pretrain\.le\.seed=1 would draw other .* than finetune\.seed=0"),
+        ({"finetune": {"seed": 1}}, r"pretrain\.le\.seed=0 would draw other .* than finetune\.seed=1"),
+    ],
+)
+def test_labels_other_than_those_of_the_fine_tuning_are_refused(
+    over: dict[str, Any], sentence: str, store: Store, tmp_path: Path
+) -> None:
+    recipe = variant("le", merged(LABELLED, over)).recipe
+    with pytest.raises(GlocalError, match=sentence):
+        refuse_impossible_draws(recipe, store.volumes, store.split)
+    refuse_impossible_draws(variant("le", LABELLED).recipe, store.volumes, store.split)
 
 
 def test_a_store_has_a_folder_for_each_dataset_and_way_of_preprocessing(tmp_path: Path) -> None:

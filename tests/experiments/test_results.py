@@ -40,12 +40,12 @@ def make(tmp_path: Path) -> Make:
         axes: Mapping[str, str] = AXES,
         split: int = 0,
         draw: int = 0,
-        validation: tuple[str, ...] = (),
+        validation: int = 0,
         done: bool = True,
     ) -> Training:
         folder = tmp_path / "-".join([*axes.values(), str(split), str(draw)])
         part = Split(split, ("t1", "t2"), (), ("a1", "a2", "b1"))
-        write_split(folder, part, Draw(draw, ("t1",), validation))
+        write_split(folder, part, Draw(draw, ("t1",), ()))
         if rows is not None:
             columns = ["checkpoint", "case", "subject", "class", "dice", "hd95"]
             pd.DataFrame(rows, columns=columns).assign(transductive=False).to_csv(
@@ -53,7 +53,8 @@ def make(tmp_path: Path) -> Make:
             )
         if done:
             write_json(folder / "manifest.json", {})
-        return Training(Variant(axes, {}), part, draw, Job(print, {}, folder, 1), None)
+        job = Job(print, {"settings": {"validation": validation}}, folder, 1)
+        return Training(Variant(axes, {}), part, draw, job, None)
 
     return training
 
@@ -80,7 +81,7 @@ def test_one_structure(make: Make) -> None:
 
 def test_one_checkpoint(make: Make) -> None:
     best = [("best", *row[1:4], row[4] / 2, row[5]) for row in ROWS]
-    training = make([*ROWS, *best], validation=("v1", "v2"))
+    training = make([*ROWS, *best], validation=2)
     assert by_subject([training]) == pytest.approx({"a": 0.65, "b": 0.6})
     assert by_subject([training], checkpoint="best") == pytest.approx({"a": 0.325, "b": 0.3})
     assert set(values_of(collect([training]), list(AXES), TableOptions())["validation"]) == {2}

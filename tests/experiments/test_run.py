@@ -240,6 +240,27 @@ def test_several_processes_give_the_same(
     assert (out / "report.html").exists()
 
 
+def test_a_pretraining_with_labels_is_made_for_every_budget_and_draw(recipe: str, raw: Path, tmp_path: Path) -> None:
+    settings = "{method: label-efficient, batch: 4, local_batch: 2, outputs: 8, hidden: 8, log: []}"
+    words = [f"data={raw}", f"out={tmp_path / 'run'}", f"pretrain.le={settings}", "compare=[pcl, le, le@encoder]"]
+    out = run(recipe, [*words, "max_iterations=1"], workers=1)
+    folders = sorted(path.name for path in (out / "pretrain" / "split-0").iterdir())
+    assert folders == sorted(["pcl", *(f"le-labels-{labels}-draw-{draw}" for labels in (1, 2) for draw in (0, 1))])
+    for name in trainings(out):
+        contender, place = name.split("/")[1:]
+        header = read_header(out / "finetune" / name / "model.safetensors").provenance
+        before = header["pretraining"]
+        if contender in ("le", "le@encoder"):
+            folder = out / "pretrain" / "split-0" / f"le-{place}"
+            assert before["labelled"] == header["labelled"] == read_json(folder / "split.json")["draw"]["train"]
+            assert before["stage"] == ("encoder" if "@" in contender else "pixels")
+        else:
+            assert "labelled" not in (before or {})
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "le@encoder" in page
+    assert len(manifest_of(out)["warnings"]) == 0
+
+
 def test_leave_one_out_tests_on_every_labelled_subject(recipe: str, write_dataset: Any, tmp_path: Path) -> None:
     raw = write_dataset(tmp_path / "raw", {"a": 5, "b": 6, "c": 5, "d": 5}, ["a", "b", "c"])
     words = [f"data={raw}", "compare=[random]", "protocol.draws=1", "protocol.leave_one_out=true"]
@@ -402,6 +423,17 @@ def test_single_steps_from_words(recipe: str, raw: Path, tmp_path: Path) -> None
     finetune_with(tmp_path / "store", tmp_path / "fine", "case1,case0", tmp_path / "pre", [*short, *protocol])
     assert set(pd.read_csv(tmp_path / "fine" / "evaluation.csv")["case"]) == {"case4"}
     assert read_header(tmp_path / "fine" / "model.safetensors").provenance["labelled"] == ["case1", "case0"]
+    labelled = [*short, "outputs=4", "local_batch=1", "hidden=4", "draw=1"]
+    pretrain_with(tmp_path / "store", tmp_path / "le", "label-efficient", labelled, "1")
+    finetune_with(tmp_path / "store", tmp_path / "tuned", "1", tmp_path / "le", [*short, "draw=1"])
+    for name, labels, sentence in (
+        ("label-efficient", None, "label-efficient learns from labels, too: say --labels"),
+        ("pcl", "2", "pcl learns from images alone: leave --labels to the fine-tuning"),
+    ):
+        with pytest.raises(GlocalError, match=sentence):
+            pretrain_with(tmp_path / "store", tmp_path / "x", name, [], labels)
+    with pytest.raises(GlocalError, match="labels=2 is given beside --labels"):
+        pretrain_with(tmp_path / "store", tmp_path / "x", "label-efficient", ["labels=2"], "2")
     with pytest.raises(GlocalError, match=r"protocol\.drawz is not a setting"):
         pretrain_with(tmp_path / "store", tmp_path / "x", "pcl", ["protocol.drawz=1"])
     with pytest.raises(GlocalError, match="did you mean 'pcl'"):

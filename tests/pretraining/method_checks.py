@@ -131,6 +131,6 @@ class MethodChecks:
         assert len(saved) == len(stages)
         for before, after, stage in zip(saved, saved[1:], stages[1:], strict=False):
             kept = {n for n in before if not n.startswith(tuple(f"{part}." for part in stage.trained))}
-            assert kept
+            assert kept or "encoder" in stage.trained  # a later stage may train again what is there
             for name in kept - self.also_changing(stage):
                 assert before[name].equal(after[name]), name

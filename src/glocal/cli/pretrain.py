@@ -14,9 +14,13 @@ def pretrain(
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Settings, for example max_iterations=2000 seed=1 device=cpu."),
     ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="For a method that uses labels: a number of volumes, `all`, or cases by name: CASE,CASE."),
+    ] = None,
 ) -> None:
-    """Pre-train a network on the unlabelled images of a store."""
+    """Pre-train a network on the images of a store, most methods without any label."""
     from glocal.experiments.steps import pretrain_with
 
-    model = pretrain_with(store, run, method, words or [])
-    typer.echo(f"Weights: {model}. Next: glocal finetune {store} RUN --from {run} --labels 2")
+    model = pretrain_with(store, run, method, words or [], labels)
+    typer.echo(f"Weights: {model}. Next: glocal finetune {store} RUN --from {run} --labels {labels or 2}")

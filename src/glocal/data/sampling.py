@@ -86,6 +86,16 @@ class Pool:
         offset = (torch.rand(width.shape, generator=rng, dtype=torch.float64) * width).long()
         return self._slices((first + low + offset)[width > 0])
 
+    def neighbours(self, slices: Slices, rng: torch.Generator) -> Slices:
+        """A slice beside each: the one before or after it in its volume, as chance has it.
+
+        The first and the last have one neighbour only; the slice of a volume of one is its own.
+        """
+        side = 2 * torch.randint(2, (len(slices),), generator=rng) - 1
+        number = slices.number + side
+        inside = (number >= 0) & (number < slices.count)
+        return self._slices(slices.index + torch.where(inside, side, -side) * (slices.count > 1))
+
     def _shuffled(self, seed: int, passes: int) -> Tensor:
         """The order of one pass; the last one is kept, since a pass over many slices takes thousands of steps."""
         return self.slices[torch.randperm(len(self.slices), generator=generator(seed, "epoch", passes))]

@@ -263,15 +263,30 @@ def refuse_leakage(members: Sequence[Member], split: Split, used: Iterable[str],
 
 
 def begin_on_split(
-    stack: ExitStack, run: Path, kind: str, settings: dict[str, Any], split: Split, draw: Draw | None = None
+    stack: ExitStack,
+    run: Path,
+    kind: str,
+    facts: dict[str, Any],
+    options: BaseModel,
+    split: Split,
+    draw: Draw | None = None,
 ) -> bool:
     """Begin a training's run, or continue it; whether it is finished already. If not, `stack` holds its folder.
+
+    Args:
+        stack: what holds the folder until the training has ended.
+        run: the folder.
+        kind: `pretrain` or `finetune`.
+        facts: what makes the run the run it is, beside its options.
+        options: of the training.
+        split: the cases by use.
+        draw: the labelled ones.
 
     Raises:
         GlocalError: the folder holds something else, a run with other settings or another split, or another process
             works in it (`Busy`).
     """
-    runs.begin(run, kind, settings)
+    runs.begin(run, kind, facts | options.model_dump(mode="json"), type(options))
     if (run / "split.json").exists() and read_split(run) != split:
         raise GlocalError(f"{run} was begun with another split of the cases: choose another run folder.")
     if not runs.finished(run):

@@ -62,7 +62,8 @@ def experiment(
 
 
 def _all_of_it(design: Experiment, executor: Executors, dry_run: bool) -> Path | None:
-    if not (machine := design.out / "machine.json").exists():
+    machine = design.out / "machine.json"
+    if not dry_run and design.settings.get("precision", "auto") == "auto" and not machine.exists():
         write_json(machine, {"precision": design.variants[0].recipe.precision})
     stores = _stores(design)
     searching = tuning_trainings(design.trials, stores, design.out)

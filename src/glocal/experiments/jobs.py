@@ -176,8 +176,8 @@ class _Board:
 
 def _killed(job: Job) -> str:
     return (
-        f"The process that worked on {job.folder} was killed again and again, most likely for lack of memory: use a "
-        "smaller batch, or a machine with more memory."
+        f"The process that worked on {job.folder} was killed, and again when it was tried anew, most likely for lack "
+        "of memory: use a smaller batch, fewer workers, or a machine with more memory."
     )
 
 

@@ -22,7 +22,7 @@ from glocal.experiments.trainings import (
     finetuning_job,
     finetuning_settings,
     pretraining_job,
-    pretraining_settings,
+    pretraining_of_draw,
     splits_of,
 )
 from glocal.finetuning import finetune as finetuning
@@ -75,13 +75,13 @@ def plan(variants: Sequence[Variant], stores: Mapping[Path, Store], out: Path) -
 def _training(variant: Variant, split: Split, draw: int, store: Store, out: Path) -> Training:
     recipe, contender = variant.recipe, variant.contender
     before, source = None, None
+    (budget,) = budgets_of(recipe)
     if contender != "random":
-        options = pretraining_options(pretraining_settings(recipe, contender))
+        options = pretraining_options(pretraining_of_draw(recipe, contender, budget, draw))
         facts = pretraining.facts_of_run(store, options, recipe.protocol)
         source = _identity(options, facts, split)
         folder = out / "pretrain" / f"{options.method}-{source}"  # type: ignore[attr-defined]  # every method has it
-        before = _reported(pretraining_job(recipe, contender, split, store.path, folder))
-    (budget,) = budgets_of(recipe)
+        before = _reported(pretraining_job(recipe, contender, split, budget, draw, store.path, folder))
     tuning = finetuning_options(finetuning_settings(recipe, budget, draw))
     facts = finetuning.facts_of_run(store, tuning, split, recipe.protocol)
     facts |= {"pretrained": source, "stage": contender.partition("@")[2]}
@@ -109,10 +109,13 @@ def _identity(options: TrainingOptions, facts: dict[str, Any], split: Split) -> 
 
 
 def jobs_of(trainings: Sequence[Training]) -> list[Job]:
-    """Every job once, pre-trainings before the fine-tunings that need them; the first of the list are done first."""
+    """Every job once, pre-trainings before the fine-tunings that need them; the first of the list are done first.
+
+    A pre-training that was removed for its space is not done again while all its fine-tunings are there.
+    """
     jobs: dict[Path, Job] = {}
     for training in trainings:
         for job in (training.before, training.job):
-            if job is not None:
+            if job is not None and (job.done() or not training.job.done()):
                 jobs.setdefault(job.folder, job)
     return list(jobs.values())

@@ -8,7 +8,6 @@ import pandas as pd
 from glocal.errors import GlocalError
 from glocal.experiments.layout import TableOptions
 from glocal.experiments.plan import Training
-from glocal.files import read_json
 
 
 def collect(trainings: Sequence[Training]) -> pd.DataFrame:
@@ -23,7 +22,7 @@ def collect(trainings: Sequence[Training]) -> pd.DataFrame:
         path = training.job.folder / "evaluation.csv"
         if not training.job.done() or not path.exists():
             continue
-        validation = len(read_json(training.job.folder / "split.json")["draw"]["validation"])
+        validation = training.job.arguments["settings"].get("validation", 0)
         facts = {**training.place, "validation": validation, "run": str(training.job.folder)}
         text = {"subject": str, "case": str, "class": str}
         frame = pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])  # a subject may be called NA

@@ -27,6 +27,7 @@ from glocal.experiments.trainings import (
     pretraining_job,
     refuse_impossible_draws,
     splits_of,
+    uses_labels,
 )
 from glocal.files import read_json, write_json
 from glocal.finetuning.measure import measured_cases, predict_cases
@@ -142,15 +143,16 @@ def _refuse_other_data(jobs: Sequence[Job], store: Store) -> None:
 
 
 def pretraining_jobs(recipe: Recipe, splits: Sequence[Split], contenders: Sequence[str]) -> list[Job]:
-    """One pre-training per contender and split; it serves all draws and budgets."""
+    """One pre-training per contender and split, which serves all draws and budgets; with labels, one for each."""
     names = [
         name for name in dict.fromkeys(contender.partition("@")[0] for contender in contenders) if name != "random"
     ]
-    return [
-        pretraining_job(recipe, name, split, recipe.out / "store", _pretraining_folder(recipe, split, name))
-        for split in splits
-        for name in names
-    ]
+    jobs: dict[Path, Job] = {}
+    for draw, split, budget, name in product(range(recipe.protocol.draws), splits, budgets_of(recipe), names):
+        folder = _pretraining_folder(recipe, split, name, budget, draw)
+        if folder not in jobs:
+            jobs[folder] = pretraining_job(recipe, name, split, budget, draw, recipe.out / "store", folder)
+    return list(jobs.values())
 
 
 def finetuning_jobs(recipe: Recipe, splits: Sequence[Split], contenders: Sequence[str]) -> list[Job]:
@@ -162,14 +164,19 @@ def finetuning_jobs(recipe: Recipe, splits: Sequence[Split], contenders: Sequenc
 
 
 def _finetuning_job(recipe: Recipe, draw: int, split: Split, budget: Any, contender: str) -> Job:
-    before = None if contender == "random" else _pretraining_folder(recipe, split, contender.partition("@")[0])
-    count = len(budget) if isinstance(budget, tuple) else budget
-    folder = recipe.out / "finetune" / f"split-{split.index}" / contender / f"labels-{count}-draw-{draw}"
+    name = contender.partition("@")[0]
+    before = None if contender == "random" else _pretraining_folder(recipe, split, name, budget, draw)
+    folder = recipe.out / "finetune" / f"split-{split.index}" / contender / _of_draw(budget, draw)
     return finetuning_job(recipe, contender, split, budget, draw, recipe.out / "store", folder, before)
 
 
-def _pretraining_folder(recipe: Recipe, split: Split, name: str) -> Path:
-    return recipe.out / "pretrain" / f"split-{split.index}" / name
+def _pretraining_folder(recipe: Recipe, split: Split, name: str, budget: Any, draw: int) -> Path:
+    own = f"{name}-{_of_draw(budget, draw)}" if uses_labels(recipe, name) else name
+    return recipe.out / "pretrain" / f"split-{split.index}" / own
+
+
+def _of_draw(budget: Any, draw: int) -> str:
+    return f"labels-{len(budget) if isinstance(budget, tuple) else budget}-draw-{draw}"
 
 
 def _say(store: Store, splits: Sequence[Split], measured: bool) -> None:

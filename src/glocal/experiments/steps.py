@@ -30,12 +30,26 @@ def preprocess_with(dataset: Path, store: Path, recipe: str, words: Sequence[str
     return preprocess(dataset, store, validated(PreprocessOptions, filled["preprocess"], ""), workers=workers)
 
 
-def pretrain_with(store: Path, run: Path, method: str, words: Sequence[str]) -> Path:
-    """Pre-train with `method` and `key=value` words; words of `protocol` say how cases are split."""
+def pretrain_with(store: Path, run: Path, method: str, words: Sequence[str], labels: str | None = None) -> Path:
+    """Pre-train with `method` and `key=value` words; words of `protocol` say how cases are split.
+
+    `labels` (`2`, `all`, cases) are for a method that uses them.
+
+    Raises:
+        GlocalError: labels are missing, or the method has no use for them; and what `pretrain` refuses.
+    """
     from glocal.pretraining.pretrain import pretrain
+    from glocal.pretraining.registry import method_named
 
     settings = parse_words(words)
     _refuse_twice(settings, "method")
+    if method_named(method).uses_labels:
+        if labels is None:
+            raise GlocalError(f"{method} learns from labels, too: say --labels, as the fine-tuning will have them.")
+        _refuse_twice(settings, "labels")
+        settings["labels"] = parse_labels(labels)
+    elif labels is not None:
+        raise GlocalError(f"{method} learns from images alone: leave --labels to the fine-tuning.")
     protocol = validated(ProtocolOptions, settings.pop("protocol", {}), "protocol")
     return pretrain(store, run, {"method": method, **settings}, protocol)
 

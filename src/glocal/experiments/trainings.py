@@ -24,9 +24,37 @@ def finetuning_settings(recipe: Recipe, budget: Any, draw: int) -> dict[str, Any
     return recipe.part(recipe.finetune) | {"labels": budget, "draw": draw}
 
 
-def pretraining_job(recipe: Recipe, contender: str, split: Split, store: Path, folder: Path) -> Job:
-    """The pre-training of a contender (not `random`) on a split; it serves all draws and budgets."""
-    settings = pretraining_settings(recipe, contender)
+def uses_labels(recipe: Recipe, contender: str) -> bool:
+    """Whether a contender (not `random`) is pre-trained with labels, and so for one draw and budget."""
+    return method_named(pretraining_settings(recipe, contender)["method"]).uses_labels
+
+
+def pretraining_of_draw(recipe: Recipe, contender: str, budget: Any, draw: int) -> dict[str, Any]:
+    """The settings of a contender's pre-training before one fine-tuning, whose labels it has if it uses any.
+
+    Raises:
+        GlocalError: it uses labels, and the recipe wants it to have others than the fine-tuning.
+    """
+    settings, name = pretraining_settings(recipe, contender), contender.partition("@")[0]
+    if not uses_labels(recipe, contender):
+        return settings
+    for key in ("labels", "validation", "draw"):
+        if key in settings:
+            raise GlocalError(f"pretrain.{name}.{key} is always that of the fine-tuning: leave it out.")
+    tuning = finetuning_options(finetuning_settings(recipe, budget, draw))
+    if settings["seed"] != tuning.seed:
+        raise GlocalError(
+            f"pretrain.{name}.seed={settings['seed']} would draw other labelled volumes than finetune.seed="
+            f"{tuning.seed}: set one seed for the whole recipe."
+        )
+    return settings | {"labels": budget, "validation": tuning.validation, "draw": draw}
+
+
+def pretraining_job(
+    recipe: Recipe, contender: str, split: Split, budget: Any, draw: int, store: Path, folder: Path
+) -> Job:
+    """The pre-training of a contender (not `random`) on a split; without labels it serves all budgets and draws."""
+    settings = pretraining_of_draw(recipe, contender, budget, draw)
     arguments = {"store": store, "run": folder, "settings": settings, "protocol": recipe.protocol, "split": split}
     iterations = pretraining_options(settings).max_iterations * len(_stages(settings))
     return Job(pretrain, arguments, folder, iterations)
@@ -86,9 +114,12 @@ def refuse_impossible_draws(recipe: Recipe, members: Sequence[Member], given: di
     """What the splits and draws of a recipe would refuse is said before anything is computed.
 
     Raises:
-        GlocalError: too few labelled volumes, or two draws that label the same ones.
+        GlocalError: too few labelled volumes, two draws that label the same ones, or a pre-training with others than
+            those of its fine-tuning.
     """
     protocol = recipe.protocol
+    for name in recipe.pretrain:
+        pretraining_of_draw(recipe, name, budgets_of(recipe)[0], 0)
     for split in splits_of(recipe, members, given):
         for budget in budgets_of(recipe):
             options = [finetuning_options(finetuning_settings(recipe, budget, draw)) for draw in range(protocol.draws)]
@@ -96,6 +127,22 @@ def refuse_impossible_draws(recipe: Recipe, members: Sequence[Member], given: di
             # Draws of all volumes differ in what else is random.
             if budget != "all" and len({frozenset(cases) for cases in drawn}) < len(drawn):
                 raise GlocalError(
-                    f"Two of the {len(drawn)} draws would label the same volumes, so they would not tell chance from "
-                    "effect: use a smaller protocol.draws, or another seed."
+                    f"With labels={budget} two of the {len(drawn)} draws of split {split.index} would label the same "
+                    "volumes, so they would not tell chance from effect: use a smaller protocol.draws, or another seed."
                 )
+
+
+def refuse_unmeasured(recipe: Recipe, members: Sequence[Member], given: dict[str, list[str]] | None) -> None:
+    """Trainings that nothing can be measured of compare nothing.
+
+    Raises:
+        GlocalError: a split keeps no labelled subject to measure.
+    """
+    labelled, kind = {member.case for member in members if member.labelled}, recipe.protocol.evaluate
+    for split in splits_of(recipe, members, given):
+        if not labelled & set(split.test if kind == "test" else split.development):
+            raise GlocalError(
+                f"Split {split.index} has no labelled {kind} subject, so nothing would be measured: list some cases as "
+                f"`{kind}` in the split.json of the dataset, or set protocol.folds, protocol.leave_one_out=true or, "
+                "without split.json, protocol.test."
+            )

@@ -148,10 +148,8 @@ def judged(trials: Sequence[Trial], trainings: Sequence[Training]) -> pd.DataFra
     of equals).
 
     Returns:
-        Columns method, trial, settings, dice (NaN for a trial of which a training failed), chosen.
-
-    Raises:
-        GlocalError: every trial of a method has failed.
+        Columns method, trial, settings, dice (NaN for a trial of which a training failed), chosen (none of a method of
+        which every trial has failed).
     """
     results = collect(trainings)
     axes = list(trials[0].variant.axes)
@@ -174,18 +172,22 @@ def judged(trials: Sequence[Trial], trainings: Sequence[Training]) -> pd.DataFra
         for trial in trials
     ]
     frame = pd.DataFrame(rows)
-    failed = {tuple(t.variant.axes.values()): t.job.folder for t in trainings if not t.job.done()}
-    for method, of_method in frame.groupby("method", sort=False):
-        if of_method["dice"].isna().all():
-            folder = failed[tuple(trials[of_method.index[0]].variant.axes.values())]
-            raise GlocalError(f"Every tuning trial of {method} has failed, so none can be chosen: look at {folder}.")
-    best = frame.groupby("method")["dice"].idxmax()
+    best = frame.dropna(subset="dice").groupby("method")["dice"].idxmax()
     return frame.assign(chosen=frame.index.isin(best))
 
 
 def tuned(variants: Sequence[Variant], trials: Sequence[Trial], judgement: pd.DataFrame) -> list[Variant]:
-    """The variants with the settings that were chosen for their method."""
+    """The variants with the settings that were chosen for their method; without those for which nothing could be.
+
+    Raises:
+        GlocalError: nothing could be chosen for any.
+    """
     chosen = {
         trial.method: trial.settings for trial, is_chosen in zip(trials, judgement["chosen"], strict=True) if is_chosen
     }
-    return [variant.given(chosen[tuple(variant.method.values())]) for variant in variants]
+    if not chosen:
+        raise GlocalError(
+            "Every tuning trial has failed, so no settings can be chosen: see failure.txt in their folders."
+        )
+    kept = [variant for variant in variants if tuple(variant.method.values()) in chosen]
+    return [variant.given(chosen[tuple(variant.method.values())]) for variant in kept]

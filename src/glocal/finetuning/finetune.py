@@ -10,7 +10,7 @@ import torch
 
 from glocal import engine, inference, runs
 from glocal.data import sampling
-from glocal.data.dataset import read_dataset
+from glocal.data.dataset import read_dataset, some
 from glocal.data.sampling import Pool
 from glocal.data.split import (
     Draw,
@@ -76,9 +76,8 @@ def finetune(
     joined(options.device)
     header, network, report = _start(store, options, source, split, draw)
     facts = facts_of_run(store, options, split, protocol) | {"pretrained": _before(source)}
-    settings_now = facts | options.model_dump(mode="json")
     with ExitStack() as stack:
-        if not first_decides(lambda: begin_on_split(stack, run, "finetune", settings_now, split, draw)):
+        if not first_decides(lambda: begin_on_split(stack, run, "finetune", facts, options, split, draw)):
             if report is not None and rank() == 0:
                 write_json(run / "transfer.json", report.as_dict())
                 console.print(report.sentence(), highlight=False)
@@ -188,6 +187,17 @@ def _before(source: Path | None) -> dict[str, str] | None:
     }
 
 
+def _refuse_other_labels(source: Path, before: Header, store: Store, draw: Draw) -> None:
+    """Weights that have seen labels serve no fine-tuning that is to have others: its budget would be a wrong one."""
+    seen = before.provenance.get("labelled")
+    if seen is not None and (before.provenance["dataset"], set(seen)) != (store.name, set(draw.train)):
+        raise GlocalError(
+            f"{source} was pre-trained with the labels of {some(seen)} of {before.provenance['dataset']}, but the "
+            f"labelled volumes of this fine-tuning are {some(draw.train)} of {store.name}: pre-train with the same "
+            "labels, validation, draw and seed."
+        )
+
+
 def _start(
     store: Store, options: FinetuningOptions, source: Path | None, split: Split, draw: Draw
 ) -> tuple[Header, SegmentationNetwork, Transfer | None]:
@@ -211,6 +221,7 @@ def _start(
         if before.provenance["dataset"] == store.name:  # subjects of another dataset are other people
             seen, transductive = before.provenance["subjects"], before.provenance["transductive"]
             refuse_leakage(store.volumes, split, seen, "was seen in pre-training", transductive)
+        _refuse_other_labels(source, before, store, draw)
         report = transfer(network, source)
         if not report.transferred:
             raise GlocalError(f"No weight of {source} fits the network: was it pre-trained with another one?")

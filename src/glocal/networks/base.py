@@ -1,5 +1,7 @@
 """What every segmentation network offers to pre-training and fine-tuning: its taps and its three named parts."""
 
+from typing import Literal
+
 from torch import Tensor, nn
 
 from glocal.errors import GlocalError
@@ -16,7 +18,9 @@ class SegmentationNetwork(nn.Module):
         head: last feature map -> logits; never transferred.
         in_channels: channels of the image.
         encoder_channels: channels of `encode`'s features, finest first, the bottleneck last.
-        multiple: sides of an image are padded (right and bottom) to a multiple of this.
+        block_channels: channels of the map after each decoder block, coarsest first.
+        multiple: sides of an image are padded (right and bottom) to a multiple of this, the bottleneck's stride.
+        bottleneck_norm: what the bottleneck is normalised over, which must be more than one value.
     """
 
     encoder: nn.Module
@@ -24,7 +28,9 @@ class SegmentationNetwork(nn.Module):
     head: nn.Module
     in_channels: int
     encoder_channels: tuple[int, ...]
+    block_channels: tuple[int, ...]
     multiple: int
+    bottleneck_norm: Literal["batch", "instance", "none"] = "batch"
 
     @property
     def blocks(self) -> int:
@@ -33,7 +39,7 @@ class SegmentationNetwork(nn.Module):
 
     def decoder_channels(self, blocks: int) -> int:
         """Channels of the feature map after the first `blocks` decoder blocks; 0 is the bottleneck."""
-        raise NotImplementedError
+        return (self.encoder_channels[-1], *self.block_channels)[self._checked(blocks)]
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Images `(B, C, H, W)` -> features `(B, c, h, w)`, finest first, the bottleneck last.
@@ -43,7 +49,8 @@ class SegmentationNetwork(nn.Module):
         Raises:
             GlocalError: wrong number of channels, or an image too small for the network.
         """
-        raise NotImplementedError
+        features: list[Tensor] = self.encoder(self._padded(x))
+        return features
 
     def decode(self, features: list[Tensor], blocks: int) -> Tensor:
         """Features of `encode` -> feature map `(B, c, h, w)` after the first `blocks` decoder blocks (0: bottleneck).
@@ -53,7 +60,10 @@ class SegmentationNetwork(nn.Module):
         Raises:
             GlocalError: `blocks` is negative or more than the network has.
         """
-        raise NotImplementedError
+        x, skips = features[-1], [*reversed(features[:-1]), None]  # the finest block may have none to join
+        for block, skip in zip(list(self.decoder)[: self._checked(blocks)], skips, strict=False):
+            x = block(x, skip)
+        return x
 
     def segment(self, x: Tensor) -> Tensor:
         """Images `(B, C, H, W)` -> logits `(B, classes, H, W)`, of the images' own size.
@@ -73,6 +83,11 @@ class SegmentationNetwork(nn.Module):
         for part in (self.encoder, *self.decoder, self.head):
             part.compile()
 
+    def _checked(self, blocks: int) -> int:
+        if not 0 <= blocks <= self.blocks:
+            raise GlocalError(f"The network has {self.blocks} decoder blocks, {blocks} were asked for: choose fewer.")
+        return blocks
+
     def _padded(self, x: Tensor) -> Tensor:
         """Check images `(B, C, H, W)` and repeat their last column and row up to a multiple of `multiple`."""
         channels, height, width = x.shape[-3:]
@@ -86,11 +101,16 @@ class SegmentationNetwork(nn.Module):
                 f"Images of {height} x {width} pixels are too small for this network, which halves them down to one "
                 f"pixel at {self.multiple}: use a larger image size, or fewer network levels."
             )
-        bottleneck_values = len(x) * -(-height // self.multiple) * -(-width // self.multiple)
-        if self.training and bottleneck_values == 1:
+        bottleneck_pixels = -(-height // self.multiple) * -(-width // self.multiple)
+        if self.bottleneck_norm == "batch" and self.training and len(x) * bottleneck_pixels == 1:
             raise GlocalError(
                 f"One image of {height} x {width} pixels leaves batch normalisation a single value to train on: "
                 "use a larger batch, a larger image size, or fewer network levels."
+            )
+        if self.bottleneck_norm == "instance" and bottleneck_pixels == 1:
+            raise GlocalError(
+                f"Images of {height} x {width} pixels leave instance normalisation a single value each: "
+                "use a larger image size, or fewer network levels."
             )
         right, bottom = -width % self.multiple, -height % self.multiple
         # Repeating the border adds no edge that anatomy does not have, zeros would.

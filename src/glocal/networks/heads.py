@@ -1,5 +1,7 @@
 """Projection heads: what a contrastive loss sees instead of the features themselves; dropped after pre-training."""
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 
@@ -51,3 +53,45 @@ class DenseHead(nn.Module):
         """Feature maps `(B, channels, h, w)` -> `(B, outputs, h, w)`, not normalised; `outputs=None`: `channels`."""
         projected: Tensor = self.layers(x)
         return projected
+
+
+class NormedHead(nn.Module):
+    """Global average pooling, then linear layers with batch norm and ReLU between them; any image size.
+
+    The projector of BYOL (Grill et al. 2020: two layers) and of SimSiam and SimTriplet (Chen & He 2021, Liu et al.
+    2021: three, and batch norm behind the last, `normed`). Layers before a batch norm have no bias: it would take it
+    away again.
+    """
+
+    def __init__(self, channels: int, hidden: int, outputs: int, layers: int = 2, normed: bool = False):
+        super().__init__()
+        widths = (channels, *[hidden] * (layers - 1))
+        self.layers = nn.Sequential(
+            *[
+                part
+                for inputs, width in pairwise(widths)
+                for part in (nn.Linear(inputs, width, bias=False), nn.BatchNorm1d(width), nn.ReLU())
+            ],
+            nn.Linear(widths[-1], outputs, bias=not normed),
+            *([nn.BatchNorm1d(outputs)] if normed else []),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Feature maps `(B, channels, h, w)` -> `(B, outputs)`, not of length one."""
+        projected: Tensor = self.layers(x.mean(dim=(-2, -1)))
+        return projected
+
+
+class Predictor(nn.Module):
+    """Tells one view's embedding from the other's (BYOL, SimSiam): Linear, batch norm, ReLU, Linear, of one width."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, width)
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Embeddings `(B, width)` -> the same shape, not of length one."""
+        predicted: Tensor = self.layers(z)
+        return predicted

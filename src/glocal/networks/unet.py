@@ -1,14 +1,13 @@
 """The U-Net of Chaitanya et al. 2020 (Contrastive learning of global and local features, NeurIPS 33)."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, cat, nn
 
-from glocal.errors import GlocalError
 from glocal.networks.base import SegmentationNetwork
+from glocal.networks.blocks import Pooled, Widths, he
 
 
 class UNetOptions(BaseModel):
@@ -17,11 +16,7 @@ class UNetOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Literal["unet"] = "unet"
-    widths: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        default=(16, 32, 64, 128, 128, 128),
-        min_length=2,
-        description="Channels of each level, finest first; between two levels the image is halved.",
-    )
+    widths: Widths = (16, 32, 64, 128, 128, 128)
 
 
 def convolution(inputs: int, outputs: int, kernel: int = 3) -> nn.Module:
@@ -35,22 +30,10 @@ def convolution(inputs: int, outputs: int, kernel: int = 3) -> nn.Module:
     return nn.Sequential(OrderedDict(layers if kernel % 2 else {"pad": nn.ZeroPad2d((0, 1, 0, 1)), **layers}))
 
 
-class Encoder(nn.ModuleList):
-    """Per level two convolutions; 2 x 2 max-pooling between levels, none after the last."""
-
-    def __init__(self, in_channels: int, widths: Sequence[int]):
-        before = (in_channels, *widths)
-        super().__init__(
-            nn.Sequential(convolution(inputs, width), convolution(width, width))
-            for inputs, width in zip(before, widths, strict=False)
-        )
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """`(B, C, H, W)` -> features of all levels, finest first; level k has sides H / 2^k, W / 2^k."""
-        features = [self[0](x)]
-        for level in list(self)[1:]:
-            features.append(level(nn.functional.max_pool2d(features[-1], 2)))
-        return features
+def encoder(in_channels: int, widths: tuple[int, ...]) -> Pooled:
+    """Per level two convolutions; images `(B, in_channels, H, W)` -> features of all levels."""
+    levels = zip((in_channels, *widths), widths, strict=False)
+    return Pooled(nn.Sequential(convolution(inputs, width), convolution(width, width)) for inputs, width in levels)
 
 
 class DecoderBlock(nn.Module):
@@ -76,13 +59,12 @@ class UNet(SegmentationNetwork):
     that nothing of them is transferred. Weights are drawn from N(0, 2 / fan_in), biases start at 0.
     """
 
-    encoder: Encoder
-
     def __init__(self, in_channels: int, classes: int, options: UNetOptions):
         super().__init__()
         widths = options.widths
-        self.in_channels, self.encoder_channels, self.multiple = in_channels, widths, 2 ** (len(widths) - 1)
-        self.encoder = Encoder(in_channels, widths)
+        self.in_channels, self.multiple = in_channels, 2 ** (len(widths) - 1)
+        self.encoder_channels, self.block_channels = widths, widths[-2::-1]
+        self.encoder = encoder(in_channels, widths)
         self.decoder = nn.ModuleList(
             DecoderBlock(widths[level + 1], widths[level], convolutions=2 if level else 1)
             for level in reversed(range(len(widths) - 1))
@@ -93,32 +75,4 @@ class UNet(SegmentationNetwork):
             convolution(finest, finest),
             nn.Conv2d(finest, classes, kernel_size=3, padding=1, bias=False),
         )
-        self.apply(_initialise)
-
-    def decoder_channels(self, blocks: int) -> int:
-        """Channels of the feature map after the first `blocks` decoder blocks; 0 is the bottleneck."""
-        return self.encoder_channels[-1 - self._checked(blocks)]
-
-    def encode(self, x: Tensor) -> list[Tensor]:
-        """Images `(B, C, H, W)` -> features, finest first; see `SegmentationNetwork.encode`."""
-        features: list[Tensor] = self.encoder(self._padded(x))
-        return features
-
-    def decode(self, features: list[Tensor], blocks: int) -> Tensor:
-        """Feature map after the first `blocks` decoder blocks; see `SegmentationNetwork.decode`."""
-        x = features[-1]
-        for block, skip in zip(list(self.decoder)[: self._checked(blocks)], reversed(features[:-1]), strict=False):
-            x = block(x, skip)
-        return x
-
-    def _checked(self, blocks: int) -> int:
-        if not 0 <= blocks <= self.blocks:
-            raise GlocalError(f"The network has {self.blocks} decoder blocks, {blocks} were asked for: choose fewer.")
-        return blocks
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        self.apply(he)

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from glocal.contrast.collapse import is_collapsed
@@ -99,16 +100,30 @@ class Stage(nn.Module):
         return shape[1], shape[2], shape[3]
 
 
+class LabelOptions(TrainingOptions):
+    """Which labels a method that `uses_labels` may see: those that one fine-tuning, with the same options, has."""
+
+    labels: PositiveInt | Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        2, description="labelled volumes to train on, as those of the fine-tuning: a number, `all`, or cases by name"
+    )
+    validation: int = Field(0, ge=0, description="labelled volumes that the fine-tuning sets aside; not seen here")
+    draw: int = Field(0, ge=0, description="which random choice of the labelled volumes")
+
+
 @dataclass(frozen=True)
 class Method:
     """A pre-training method by name.
 
     `stages(options)` lists its stages in order: a name for the folder, and what makes the stage from network, pool
     and options. `version` is raised by hand whenever the method's results change (see `runs.identity`).
+
+    A method that `uses_labels` has `LabelOptions`, and its stages are made of a fourth thing: the pool of the labelled
+    volumes. Its weights serve the fine-tunings on these volumes only.
     """
 
     paper: str
     summary: str
     version: int
     options: type[TrainingOptions]
-    stages: Callable[[Any], list[tuple[str, Callable[[SegmentationNetwork, Pool, Any], Stage]]]]
+    stages: Callable[[Any], list[tuple[str, Callable[..., Stage]]]]
+    uses_labels: bool = False

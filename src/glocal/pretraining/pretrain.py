@@ -16,7 +16,15 @@ from glocal.checkpoints import training_state
 from glocal.contrast import losses
 from glocal.data import sampling
 from glocal.data.sampling import Pool
-from glocal.data.split import ProtocolOptions, Split, begin_on_split, make_split, refuse_leakage
+from glocal.data.split import (
+    Draw,
+    ProtocolOptions,
+    Split,
+    begin_on_split,
+    draw_labels,
+    make_split,
+    refuse_leakage,
+)
 from glocal.data.store import Store
 from glocal.devices import joined
 from glocal.distributed import first_decides
@@ -37,7 +45,9 @@ def pretrain(
     protocol: ProtocolOptions | None = None,
     split: Split | None = None,
 ) -> Path:
-    """Pre-train a network on the images of a store's pre-training cases (labels are never read).
+    """Pre-train a network on the images of a store's pre-training cases.
+
+    Labels are read by a method that uses them alone, and only those of the volumes that its options draw.
 
     Args:
         store: what `preprocess` made.
@@ -50,8 +60,8 @@ def pretrain(
         The model file, `run/model.safetensors`.
 
     Raises:
-        GlocalError: unknown settings, another run's folder, a stage that the data do not allow, or a test subject among
-            the cases to train on.
+        GlocalError: unknown settings, another run's folder, a stage that the data do not allow, too few labels for a
+            method that uses them, or a test subject among the cases to train on.
     """
     started = time.time()
     options = pretraining_options(settings)
@@ -63,13 +73,16 @@ def pretrain(
     subjects = sorted({store.volumes[store.index_of(case)].subject for case in cases})
     refuse_leakage(store.volumes, split, subjects, "would be pre-trained on", protocol.transductive)
 
-    pool = Pool(store.to(joined(options.device)), cases)
+    draw = _draw_of(store, split, options, protocol) if method.uses_labels else None
+
+    pool, labelled = Pool(store.to(joined(options.device)), cases), [Pool(store, draw.train)] if draw else []
     if not runs.finished(run):
         # What the last stage cannot do is said now, not after the first has run for hours.
         for _, make in method.stages(options):
-            make(build(options.network, store.plan.channels, len(store.labels)), pool, options)  # type: ignore[attr-defined]
+            network = build(options.network, store.plan.channels, len(store.labels))  # type: ignore[attr-defined]
+            make(network, pool, options, *labelled)
 
-    settings_now = facts_of_run(store, options, protocol) | options.model_dump(mode="json")
+    facts = facts_of_run(store, options, protocol)
     header = Header(
         kind="pretrained",
         network=options.network,  # type: ignore[attr-defined]  # every method has it
@@ -83,12 +96,13 @@ def pretrain(
             "store": store.digest(),
             "subjects": subjects,
             "transductive": protocol.transductive,
+            **({"labelled": list(draw.train)} if draw else {}),
             **runs.environment(),
         },
     )
     with ExitStack() as stack:
-        if not first_decides(lambda: begin_on_split(stack, run, "pretrain", settings_now, split)):
-            warnings = _train_stages(method, options, pool, run, header)
+        if not first_decides(lambda: begin_on_split(stack, run, "pretrain", facts, options, split, draw)):
+            warnings = _train_stages(method, options, [pool, *labelled], run, header)
             first_decides(lambda: _finish(run, _last_stage(method, options, run), started, warnings))
     return run / "model.safetensors"
 
@@ -99,6 +113,7 @@ def facts_of_run(store: Store, options: TrainingOptions, protocol: ProtocolOptio
     return {
         "store": store.digest(),
         "transductive": protocol.transductive,
+        **({"budget": protocol.budget} if method_named(method).uses_labels else {}),  # what `labels` counts
         "versions": {
             method: method_named(method).version,
             network: NETWORKS[network].version,
@@ -108,6 +123,17 @@ def facts_of_run(store: Store, options: TrainingOptions, protocol: ProtocolOptio
             "contrast": losses.VERSION,
         },
     }
+
+
+def _draw_of(store: Store, split: Split, options: Any, protocol: ProtocolOptions) -> Draw:
+    """The labelled volumes that the method may see: those of the fine-tuning with the same options and seed."""
+    draw = draw_labels(
+        store.volumes, split, options.labels, options.validation, options.seed, options.draw, protocol.budget
+    )
+    subjects = {volume.subject for volume in store.volumes if volume.case in draw.train}
+    # Transductive or not: labels of test subjects are never trained on.
+    refuse_leakage(store.volumes, split, subjects, "would be pre-trained on with labels", transductive=False)
+    return draw
 
 
 def _finish(run: Path, model: Path, started: float, warnings: list[str]) -> None:
@@ -126,7 +152,7 @@ def _last_stage(method: Method, options: TrainingOptions, run: Path) -> Path:
     return stage_folder(run, len(stages), stages[-1][0]) / "model.safetensors"
 
 
-def _train_stages(method: Method, options: TrainingOptions, pool: Pool, run: Path, header: Header) -> list[str]:
+def _train_stages(method: Method, options: TrainingOptions, pools: list[Pool], run: Path, header: Header) -> list[str]:
     """Train every stage that is not done; each begins with exactly what the stage before it trained."""
     warnings: list[str] = []
     before: Path | None = None
@@ -142,7 +168,7 @@ def _train_stages(method: Method, options: TrainingOptions, pool: Pool, run: Pat
         if options.compile:
             network.compile_parts()
         torch.manual_seed(seed_of(options.seed, "heads", number))
-        stage = make(network, pool, options)
+        stage = make(network, pools[0], options, *pools[1:])
         trained += tuple(part for part in stage.trained if part not in trained)
         before = folder / "model.safetensors"
         if before.exists():
