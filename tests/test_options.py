@@ -110,6 +110,10 @@ def sentence(words: list[str], part: str = "finetune") -> str:
             "finetune.augmentation.intensity.gama is not a setting: did you mean 'gamma'?",
         ),
         ("network.width=[8]", "finetune.network.width is not a setting: did you mean 'widths'?"),
+        (
+            "network={name: uctransnet, head: 2}",
+            "finetune.network.head is not a setting: did you mean 'heads'?",
+        ),
     ],
 )
 def test_an_unknown_key_suggests_the_right_one_at_every_level(word: str, expected: str) -> None:
@@ -146,6 +150,17 @@ def test_a_misspelt_key_is_said_before_the_key_that_is_therefore_missing() -> No
             "finetune",
             "finetune.network.widths=[16] does not fit: it must be a list of 2 or more.",
         ),
+        (
+            "network={name: pcl-unet, widths: [16]}",
+            "finetune",
+            "finetune.network.widths=[16] does not fit: it must be a list of 2 or more.",
+        ),
+        (
+            "network={name: bcdu-net, dropout: 1}",
+            "finetune",
+            "finetune.network.dropout=1 does not fit: it must be below 1.",
+        ),
+        ("network.name=unnet", "finetune", "finetune.network.name=unnet does not fit: did you mean 'unet'?"),
         ("test=x", "protocol", "protocol.test=x does not fit: it must be a whole number or 'auto'."),
         ("test=-1", "protocol", "protocol.test=-1 does not fit: it must be at least 0 or 'auto'."),
         ("transductive=maybe", "protocol", "protocol.transductive=maybe does not fit: it must be true or false."),

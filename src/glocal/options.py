@@ -27,6 +27,7 @@ _MUST_BE = {
     "tuple_type": "a list in brackets",
     "dict_type": "settings of its own (key: value)",
     "model_type": "settings of its own (key: value)",
+    "model_attributes_type": "settings of its own (key: value)",
     "literal_error": "{expected}",
     "greater_than": "above {gt:g}",
     "greater_than_equal": "at least {ge:g}",
@@ -119,41 +120,54 @@ def _sentence(kind: type[BaseModel], settings: Mapping[str, Any], error: Validat
     # An unknown key first: it may be the reason why another one is missing.
     errors = sorted(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     first = errors[0]
-    path, fields = _located(kind, first["loc"])
+    path, below, fields = _located(kind, first["loc"])
     key = ".".join([where, *path] if where else path)
     if first["type"] == "extra_forbidden":
         name = str(first["loc"][-1])
         return f"{key}{'.' * bool(key)}{name} is not a setting: {closest(name, fields)}"
-    if first["type"] == "missing" and len(path) == len(first["loc"]):
+    if first["type"] == "missing" and not below:
         return f"{key} is missing."
+    if first["type"] == "union_tag_invalid":
+        tag, known = first["ctx"]["tag"], first["ctx"]["expected_tags"].strip("'").split("', '")
+        return f"{key}.name={tag} does not fit: {closest(tag, known)}"
     value: Any = settings
     for name in path:
         value = value[name]
     # A value may be of several kinds: each that it is not has an error of its own.
     here = [found for found in errors if _located(kind, found["loc"])[0] == path]
-    several = isinstance(next(iter(first["loc"][len(path) :]), None), str)
-    reasons = dict.fromkeys(_reason(found, found["loc"][len(path) :]) for found in (here if several else here[:1]))
+    several = isinstance(next(iter(below), None), str)
+    found_here = here if several else here[:1]
+    reasons = dict.fromkeys(_reason(found, _located(kind, found["loc"])[1]) for found in found_here)
     given = "" if isinstance(value, Mapping) else f"={_as_typed(value)}"
     return f"{key}{given} does not fit: {' or '.join(reasons).replace(' or it must be', ' or')}."
 
 
-def _located(kind: type[BaseModel], location: Sequence[int | str]) -> tuple[list[str], list[str]]:
-    """The key that pydantic's `location` lies in, and the names of the settings below this key.
+def _located(kind: type[BaseModel], location: Sequence[int | str]) -> tuple[list[str], Sequence[int | str], list[str]]:
+    """The key that pydantic's `location` lies in, what is left of the location, and the settings below this key.
 
     Numbers of list items and pydantic's own names for kinds of value are no part of a key.
     """
     path: list[str] = []
-    models, free = [kind], False
+    models, free, done = [kind], False, 0
     for part in location:
         fields = {name: field.annotation for model in models for name, field in model.model_fields.items()}
         if part in fields:
             models, free = list(_models(fields[str(part)])), get_origin(fields[str(part)]) is dict
+            path.append(str(part))
         elif free and isinstance(part, str):
             free = False  # below a key that people choose, the keys are known again
+            path.append(str(part))
+        elif any(part in _names(model) for model in models):
+            models = [model for model in models if part in _names(model)]  # of several kinds the one that is meant
         else:
             break
-        path.append(str(part))
-    return path, [name for model in models for name in model.model_fields]
+        done += 1
+    return path, location[done:], list(dict.fromkeys(name for model in models for name in model.model_fields))
+
+
+def _names(model: type[BaseModel]) -> Sequence[Any]:
+    """What may stand at the key `name` of settings that are told apart by it."""
+    return get_args(model.model_fields["name"].annotation) if "name" in model.model_fields else ()
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -95,8 +95,8 @@ def test_a_mistake_is_one_line_and_exit_code_2_as_a_module_too() -> None:
             "finetune.labels=abc does not fit: it must be a whole number or 'all' or a list in brackets.",
         ),
         (
-            ["pretrain", "STORE", "RUN", "--method", "plc"],
-            "There is no pre-training method 'plc': did you mean 'pcl'?",
+            ["pretrain", "STORE", "RUN", "--method", "pcll"],
+            "There is no pre-training method 'pcll': did you mean 'pcl'?",
         ),
         (["predict", "absent", "IMAGES", "OUT"], "absent does not exist: give a model.safetensors file or "),
         (["report", "absent"], "absent holds no run of glocal (no readable recipe.yaml): choose another folder."),

@@ -166,6 +166,30 @@ def test_network_and_iterations_follow_size_and_machine(tmp_path: Path, write: W
     assert derived(result) == result
 
 
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [
+        ("pcl-unet", {"widths": [32, 64, 128, 256]}),
+        ("nnunet-residual", {"widths": [32, 64, 128, 256]}),
+        ("resnet50-unet", {}),  # its levels are fixed
+    ],
+)
+def test_other_networks_keep_as_many_of_their_levels_as_fit(
+    tmp_path: Path, write: Write, name: str, widths: dict[str, Any]
+) -> None:
+    write("a", (4, 48, 40), (1.0, 1.0, 8.0))
+    settings = {
+        "data": tmp_path,
+        "device": "cpu",
+        "preprocess": {"auto": True},
+        "network": {"auto": True, "name": name},
+    }
+    assert derived(settings)["network"] == {"name": name, **widths}
+    settings["network"] = {"auto": True, "name": "vnet"}
+    with pytest.raises(GlocalError, match="There is no network 'vnet'"):
+        derived(settings)
+
+
 def test_parts_that_are_not_auto_are_left_alone(tmp_path: Path) -> None:
     settings = {"name": "x", "preprocess": {"size": [8, 8]}, "finetune": {"auto": False, "labels": 1}}
     assert derived(settings) == {"name": "x", "preprocess": {"size": [8, 8]}, "finetune": {"labels": 1}}

@@ -11,7 +11,7 @@ from glocal.experiments.derive import derived
 from glocal.experiments.grid import experiment_options, variants
 from glocal.experiments.recipe import Recipe, make_recipe, read_recipe, recipe_names, recipe_text
 from glocal.finetuning.registry import finetuning_options
-from glocal.pretraining.registry import method_named, pretraining_options
+from glocal.pretraining.registry import METHODS, method_named, pretraining_options
 
 SETTINGS: dict[str, Any] = {
     "name": "mine",
@@ -101,7 +101,8 @@ def test_the_stages_that_can_be_compared_are_those_of_the_method() -> None:
         ({"finetun": {}}, "finetun is not a setting: did you mean 'finetune'?"),
         ({"finetune": {"label": 2}}, "finetune.label is not a setting: did you mean 'labels'?"),
         ({"network": {"widhts": [8]}}, "network.widhts is not a setting: did you mean 'widths'?"),
-        ({"network": {"name": "vnet"}}, "network.name=vnet does not fit: it must be 'unet'."),
+        ({"network": {"name": "vnet"}}, "There is no network 'vnet': did you mean 'unet'?"),
+        ({"network": {"name": "uctransnet", "head": 2}}, "network.head is not a setting: did you mean 'heads'?"),
         ({"precision": "half"}, "precision=half does not fit: it must be 'auto', 'float32' or 'bfloat16'."),
         ({"max_iterations": -1}, "max_iterations=-1 does not fit: it must be at least 1."),
         ({"protocol": {"draw": 3}}, "protocol.draw is not a setting: did you mean 'draws'?"),
@@ -110,7 +111,10 @@ def test_the_stages_that_can_be_compared_are_those_of_the_method() -> None:
             "preprocess.spacin is not a setting: did you mean 'spacing'?",
         ),
         ({"pretrain": {"a": 3}}, "pretrain.a=3 does not fit: it must be settings of its own (key: value)."),
-        ({"pretrain": {"a": {}}}, "pretrain.a: A pre-training needs the key method: choose one of gcl, pcl."),
+        (
+            {"pretrain": {"a": {}}},
+            f"pretrain.a: A pre-training needs the key method: choose one of {', '.join(METHODS)}.",
+        ),
         (
             {"pretrain": {"a": {"method": "pcd"}}},
             "pretrain.a: There is no pre-training method 'pcd': did you mean 'pcl'?",

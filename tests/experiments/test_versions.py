@@ -30,8 +30,7 @@ from glocal.evaluation.metrics import METRICS, case_metrics
 from glocal.finetuning.finetune import finetune
 from glocal.finetuning.registry import STRATEGIES
 from glocal.inference import folded, slice_probabilities
-from glocal.networks.registry import NETWORKS, build
-from glocal.networks.unet import UNetOptions
+from glocal.networks.registry import NETWORKS, build, network_options
 from glocal.pretraining.pretrain import pretrain
 from glocal.pretraining.registry import METHODS
 from glocal.randomness import generator
@@ -47,6 +46,21 @@ pcl, partitions 7: [3.3248, 2.7197]
 gcl 7: [2.9305, 2.5759, 1.0998, 0.67347]
 gcl, G^R and L^D 7: [3.4431, 2.5204, 1.8524, 1.202]
 gcl, G^D- 7: [3.0598, 2.9667]
+simclr 7: [2.4844, 2.3876]
+moco 7: [0.82391, 2.6694]
+byol 7: [4.4784, 4.1744]
+simsiam 7: [0.026498, -0.020577]
+simtriplet 7: [0.037229, 0.072546]
+swav 7: [5.6764, 3.4464]
+dino 7: [2.8879, 1.2319]
+ideal 7: [5.7714, 5.7301]
+pgl 7: [1.6204, 1.5629]
+jcl 7: [19.517, 6.3752]
+pixel-global 7: [17.198, 15.845]
+rotation 7: [1.4172, 1.3997]
+inpainting 7: [0.22796, 0.11464]
+context-restoration 7: [0.22405, 0.1195]
+label-efficient 7: [2.3782, 2.4456, 6.3898, 6.3174]
 supervised 6: [2.183, 2.0316]
 supervised, Dice 6: [0.7481, 0.73567]
 slices 1: [0.47789, 0.30595, 0.2481, 0.25129, 0.24504, 0.48849, 0.12252, 0.13412, 0.24799, 0.49215, 0.12399, 0.13603]
@@ -57,6 +71,20 @@ slices, window 1: [0.33471, 0.3827, 0.17012, 0.17512, 0.23909, 0.48534, 0.11962,
 view 1: [0.5085, 0.30634, 0.25276, 0.25096, 0.40476, 0.58963, 0.20909, 0.19752]
 prediction, unet 3: [0.36308, 0.1501, 0.18202, 0.1823, 0.31603, 0.16159, 0.15787, 0.15689, 0.85861, 0.84294, 0.42575,
   0.42262]
+prediction, pcl-unet 3: [0.4288, 0.11631, 0.21264, 0.21217, 0.20395, 0.10744, 0.10419, 0.099416, 0.78095, 0.9694,
+  0.40159, 0.4402]
+prediction, attention-unet 3: [0.33455, 0.20453, 0.17274, 0.16941, 0.3123, 0.23954, 0.14741, 0.15099, 0.94908,
+  0.80184, 0.47108, 0.48066]
+prediction, uctransnet 3: [0.17489, 0.072136, 0.08899, 0.085713, 0.44826, 0.031578, 0.22366, 0.22276, 1.141, 0.34808,
+  0.56798, 0.58287]
+prediction, bcdu-net 3: [0.3798, 0.035066, 0.19056, 0.18912, 0.30825, 0.025499, 0.15434, 0.15265, 0.12692, 0.48442,
+  0.056909, 0.095824]
+prediction, resnet50-unet 3: [0.27752, 0.16287, 0.14047, 0.13573, 0.47004, 0.22218, 0.23693, 0.24092, 0.95604,
+  0.53993, 0.47023, 0.47943]
+prediction, nnunet-plain 3: [0.3209, 0.19308, 0.16832, 0.15601, 0.19431, 0.12969, 0.092372, 0.097089, 1.167, 0.96729,
+  0.54781, 0.60029]
+prediction, nnunet-residual 3: [0.35072, 0.1282, 0.17788, 0.17272, 0.41231, 0.14063, 0.20516, 0.20886, 0.68883,
+  0.50102, 0.33773, 0.35035]
 metrics 1: [0.68171, 0.51712, 5.6, 6.0, 1.1152, 0.80387, 0.61062, 0.43949, 5.1306, 5.7723, 1.4455, 0.74742, 1.0, 1.0,
   0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 69.663, 69.663, 69.663, 0.0]
 """)
@@ -74,10 +102,83 @@ gcl 1: {max_iterations: 10000, optimizer: adam, weight_decay: 0.0, warmup_iterat
   auto, hidden: 1024, outputs: 128, augmentation: {spatial: {crop: [0.52, 0.52]}, intensity: {brightness: 0.3,
   contrast: 0.3, clip: [0.0, 1.5]}}, local: random, local_batch: 10, blocks: 3, regions: 13, kernel: 3, projection:
   true, negatives: neighbours, frozen_batch_norm: eval}
+byol 1: {max_iterations: 10000, optimizer: lars, learning_rate: 0.2, weight_decay: 1.5e-06, gradient_clip: 0.0, method:
+  byol, network: {}, batch: 32, momentum: 0.996, hidden: 4096, outputs: 256, augmentation: {spatial: {anisotropy: 0.33,
+  crop: [0.45, 1.0], flip: [0.0, 0.5]}, intensity: {brightness: 0.4, contrast: 0.4, blur: 1.5, probability: 0.8}}}
+context-restoration 1: {max_iterations: 10000, optimizer: adam, weight_decay: 0.0, warmup_iterations: 0, schedule:
+  constant, gradient_clip: 0.0, method: context-restoration, network: {}, batch: 40, pairs: 10, patch: 5, tries: 100,
+  augmentation: {}}
+dino 1: {max_iterations: 10000, learning_rate: 0.0005, weight_decay: 0.04, warmup_iterations: 300, gradient_clip: 3.0,
+  method: dino, network: {}, batch: 32, momentum: 0.996, temperature: 0.1, teacher_temperature: 0.07,
+  teacher_temperature_start: 0.04, teacher_warmup: 1000, centring: 0.9, frozen: 100, hidden: 2048, head_norm: false,
+  bottleneck: 256, outputs: 1024, augmentation: {spatial: {anisotropy: 0.33, crop: [0.37, 1.0], flip: [0.0, 0.5]},
+  intensity: {brightness: 0.4, contrast: 0.4, blur: 1.5, probability: 0.8}}, local_views: 0, local_size: 0.43,
+  local_augmentation: {spatial: {anisotropy: 0.33, crop: [0.22, 0.63], flip: [0.0, 0.5]}, intensity: {brightness: 0.4,
+  contrast: 0.4, blur: 1.5, probability: 0.8}}}
+ideal 1: {max_iterations: 10000, optimizer: adam, learning_rate: 1.0e-05, weight_decay: 0.0, warmup_iterations: 0,
+  schedule: constant, gradient_clip: 0.0, method: ideal, network: {}, batch: 32, momentum: 0.999, temperature: 0.2,
+  outputs: 128, correspondence: similarity, own_cells: true, symmetric: false, augmentation: {spatial: {anisotropy:
+  0.33, crop: [0.45, 1.0], flip: [0.0, 0.5]}, intensity: {brightness: 0.4, contrast: 0.4, blur: 1.5, probability: 0.8}}}
+inpainting 1: {max_iterations: 10000, optimizer: adam, weight_decay: 0.0, warmup_iterations: 0, schedule: constant,
+  gradient_clip: 0.0, method: inpainting, network: {}, batch: 40, side: [0.52, 0.52], place: random, over: image,
+  augmentation: {}}
+jcl 1: {max_iterations: 10000, optimizer: sgd, learning_rate: 0.01, weight_decay: 1.0e-05, gradient_clip: 0.0, method:
+  jcl, preset: macl, network: {}, batch: 16, blocks: 2, connection: shared, momentum: 0.999, stages: 1, downsampled:
+  true, lambda1: 1.0, lambda2: 0.5, lambda3: 1.0, dense: supcon, dominant_pixel_projector: false, outputs: 128,
+  threshold: 0.11, position: pcl, temperature: 0.1, scale: supcon, view_groups: 2, fixed: {}, variable: {spatial:
+  {rotation: 180.0, scale: [0.7, 1.3], flip: [0.5, 0.5], elastic: 4.0, probability: 0.67}}}
+label-efficient 1: {max_iterations: 10000, optimizer: adam, learning_rate: 0.0003, weight_decay: 0.0001, gradient_clip:
+  0.0, labels: 2, validation: 0, draw: 0, method: label-efficient, network: {}, outputs: 128, batch: 120,
+  slice_temperature: 0.5, augmentation: {spatial: {rotation: 180.0, scale: [0.7, 1.25], elastic: 4.0, probability: 0.5},
+  intensity: {brightness: 0.3, gamma: [0.5, 2.0], noise: 0.1, probability: 0.5}}, local_batch: 4, temperature: 0.1,
+  pixels: stride, stride: 4, block: 32, hidden: 256, local_augmentation: {intensity: {brightness: 0.3, gamma: [0.5,
+  2.0], noise: 0.1, probability: 0.5}}}
+moco 1: {max_iterations: 10000, optimizer: sgd, learning_rate: 0.00375, weight_decay: 0.0001, warmup_iterations: 0,
+  gradient_clip: 0.0, method: moco, network: {}, batch: 32, queue: 4096, momentum: 0.999, temperature: 0.2, outputs:
+  128, repeats: ignore, key_statistics: running, augmentation: {spatial: {anisotropy: 0.33, crop: [0.45, 1.0], flip:
+  [0.0, 0.5]}, intensity: {brightness: 0.4, contrast: 0.4, blur: 1.5, probability: 0.8}}}
+pgl 1: {max_iterations: 10000, optimizer: lars, learning_rate: 0.2, weight_decay: 1.5e-06, gradient_clip: 0.0, method:
+  pgl, network: {}, batch: 32, momentum: 0.996, outputs: 128, augmentation: {spatial: {rotation: 30.0, crop: [0.55,
+  1.0], flip: [0.5, 0.5]}, intensity: {contrast: 0.3, gamma: [0.7, 1.5]}}}
+pixel-global 1: {max_iterations: 10000, optimizer: lars, learning_rate: 0.2, weight_decay: 1.0e-06,
+  warmup_iterations: 40,
+  gradient_clip: 0.0, method: pixel-global, network: {}, batch: 8, variant: full, symmetric: false, momentum: 0.996,
+  outputs: 256, pixel_outputs: 32, match: nearest, stabiliser_grad: false, passes: 20, passes_at_once: 5, uncertainty:
+  mean, dropout: 0.1, student_dropout: true, paper_exact: false, temperature: 0.1, teacher_temperature: 0.04, centring:
+  0.9, augmentation: {spatial: {rotation: 30.0, crop: [0.55, 1.0], flip: [0.5, 0.5]}, intensity: {contrast: 0.3, gamma:
+  [0.7, 1.5]}}}
+rotation 1: {max_iterations: 10000, optimizer: adam, weight_decay: 0.0, warmup_iterations: 0, schedule: constant,
+  gradient_clip: 0.0, method: rotation, network: {}, batch: 10, augmentation: {}}
+simclr 1: {max_iterations: 10000, optimizer: lars, learning_rate: 0.4242640687119285, weight_decay: 1.0e-06,
+  gradient_clip: 0.0, method: simclr, network: {}, batch: 32, temperature: 0.1, outputs: 128, head_norm: false,
+  augmentation: {spatial: {anisotropy: 0.33, crop: [0.45, 1.0], flip: [0.0, 0.5]}, intensity: {brightness: 0.4,
+  contrast: 0.4, blur: 1.5, probability: 0.8}}}
+simsiam 1: {max_iterations: 10000, optimizer: sgd, learning_rate: 0.00625, weight_decay: 0.0001, warmup_iterations: 0,
+  gradient_clip: 0.0, method: simsiam, network: {}, batch: 32, outputs: 2048, hidden: 512, augmentation: {spatial:
+  {anisotropy: 0.33, crop: [0.45, 1.0], flip: [0.0, 0.5]}, intensity: {brightness: 0.4, contrast: 0.4, blur: 1.5,
+  probability: 0.8}}}
+simtriplet 1: {max_iterations: 10000, optimizer: sgd, learning_rate: 0.00625, weight_decay: 0.0001, warmup_iterations:
+  0, gradient_clip: 0.0, method: simtriplet, network: {}, batch: 32, outputs: 2048, hidden: 512, augmentation: {spatial:
+  {anisotropy: 0.33, crop: [0.45, 1.0], flip: [0.0, 0.5]}, intensity: {brightness: 0.4, contrast: 0.4, blur: 1.5,
+  probability: 0.8}}}
+swav 1: {max_iterations: 10000, optimizer: lars, learning_rate: 0.6, weight_decay: 1.0e-06, warmup_iterations: 300,
+  gradient_clip: 0.0, method: swav, network: {}, batch: 32, prototypes: 3000, temperature: 0.1, epsilon: 0.05,
+  sinkhorn_iterations: 3, frozen: 313, queue: 0, queue_from: 1000, hidden: 2048, outputs: 128, augmentation: {spatial:
+  {anisotropy: 0.33, crop: [0.37, 1.0], flip: [0.0, 0.5]}, intensity: {brightness: 0.4, contrast: 0.4, blur: 1.5,
+  probability: 0.8}}, local_views: 0, local_size: 0.43, local_augmentation: {spatial: {anisotropy: 0.33, crop: [0.22,
+  0.37], flip: [0.0, 0.5]}, intensity: {brightness: 0.4, contrast: 0.4, blur: 1.5, probability: 0.8}}}
 supervised 1: {strategy: supervised, network: {}, labels: 2, validation: 0, draw: 0, batch: 10, loss: dice+ce,
   evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1, shift: 0.15,
   elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}}}
 unet 1: {name: unet, widths: [16, 32, 64, 128, 128, 128]}
+pcl-unet 1: {name: pcl-unet, widths: [32, 64, 128, 256, 512], center_norm: false}
+attention-unet 1: {name: attention-unet, widths: [64, 128, 256, 512, 1024]}
+uctransnet 1: {name: uctransnet, widths: [64, 128, 256, 512, 512], depth: 4, heads: 4, positions: 14, dropout: 0.1}
+bcdu-net 1: {name: bcdu-net, widths: [64, 128, 256, 512], dense: 3, dropout: 0.5}
+resnet50-unet 1: {name: resnet50-unet, width: 64, decoder_widths: [256, 128, 64, 32, 16], up: nearest}
+nnunet-plain 1: {name: nnunet-plain, widths: [32, 64, 128, 256, 512, 512], convolutions: 2, decoder_convolutions: 2}
+nnunet-residual 1: {name: nnunet-residual, widths: [32, 64, 128, 256, 512, 512], depths: [1, 3, 4, 6],
+  decoder_convolutions: 1}
 spatial 1: {rotation: 0.0, scale: [1.0, 1.0], anisotropy: 0.0, shift: 0.0, crop: [1.0, 1.0], flip: [0.0, 0.0],
   elastic: 0.0, elastic_grid: 6, probability: 1.0}
 intensity 1: {brightness: 0.0, contrast: 0.0, gamma: [1.0, 1.0], noise: 0.0, blur: 0.0, clip: null, probability: 1.0}
@@ -99,6 +200,21 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "gcl": {**GCL, **SGD},
     "gcl, G^R and L^D": {**GCL, **SGD, "strategy": "random", "batch": 6, "local": "D", "kernel": 1, "regions": 9},
     "gcl, G^D-": {**GCL, "strategy": "D-", "local": "none", "schedule": "cosine"},
+    "simclr": {"method": "simclr", "batch": 6, "outputs": 8},
+    "moco": {"method": "moco", "batch": 6, "queue": 12, "outputs": 8, "momentum": 0.9},
+    "byol": {"method": "byol", "batch": 6, "hidden": 16, "outputs": 8},
+    "simsiam": {"method": "simsiam", "batch": 6, "hidden": 8, "outputs": 16},
+    "simtriplet": {"method": "simtriplet", "batch": 6, "hidden": 8, "outputs": 16},
+    "swav": {"method": "swav", "batch": 6, "prototypes": 8, "hidden": 16, "outputs": 8, "frozen": 1},
+    "dino": {"method": "dino", "batch": 6, "hidden": 16, "bottleneck": 8, "outputs": 12, "frozen": 1},
+    "ideal": {"method": "ideal", "batch": 4, "outputs": 8, "correspondence": "geometry"},
+    "pgl": {"method": "pgl", "batch": 4, "outputs": 8},
+    "jcl": {"method": "jcl", "batch": 4, "blocks": 1, "outputs": 8, **SGD},
+    "pixel-global": {"method": "pixel-global", "batch": 4, "outputs": 8, "pixel_outputs": 6, "passes": 2},
+    "rotation": {"method": "rotation", "batch": 3},
+    "inpainting": {"method": "inpainting", "batch": 6},
+    "context-restoration": {"method": "context-restoration", "batch": 6},
+    "label-efficient": {"method": "label-efficient", "batch": 6, "outputs": 8, "local_batch": 2, "hidden": 8, **SGD},
     "supervised": {"strategy": "supervised", "labels": 2, "batch": 6},
     "supervised, Dice": {**SGD, "learning_rate": 0.1, "strategy": "supervised", "labels": "all", "loss": "dice"},
 }
@@ -202,20 +318,30 @@ def test_a_view() -> None:
     compare("view", {"views": view.VERSION}, values)
 
 
-TINY = {"unet": UNetOptions(widths=(4, 8, 8))}
+TINY: dict[str, dict[str, Any]] = {
+    "unet": {"widths": [4, 8, 8]},
+    "pcl-unet": {"widths": [4, 8, 8]},
+    "attention-unet": {"widths": [4, 8, 8]},
+    "uctransnet": {"widths": [4, 8, 8], "depth": 2, "heads": 2, "positions": 4},
+    "bcdu-net": {"widths": [4, 8, 8]},
+    "resnet50-unet": {"width": 2, "decoder_widths": [8, 8, 8, 4, 4]},
+    "nnunet-plain": {"widths": [4, 8, 8]},
+    "nnunet-residual": {"widths": [4, 8, 8], "depths": [1, 2]},
+}
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_prediction(name: str) -> None:
     torch.manual_seed(2)
-    network = build(TINY[name], 1, 3)
-    images = waves(7, 1, 24, 24)
+    network = build(network_options({"name": name, **TINY[name]}), 1, 3)
+    side = max(24, network.multiple)
+    images = waves(7, 1, side, side)
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
     network(images)  # the statistics of its batch norms, so that classes differ
     (probabilities,) = slice_probabilities(folded(network), images, torch.device("cpu"))
-    undo = prepare(Volume(waves(1, 7, 26, 30).numpy(), GEOMETRY), plan_of()).undo
+    undo = prepare(Volume(waves(1, 7, 26, 30).numpy(), GEOMETRY), plan_of(size=(side, side))).undo
     mask = torch.from_numpy(restore([probabilities], undo))
     values = [*moments(probabilities[:, 0]), *moments(probabilities[:, 1]), *moments(mask)]
     versions = {name: NETWORKS[name].version, "inference": inference.VERSION, "preprocessing": preparing.VERSION}
@@ -234,7 +360,7 @@ OPTIONS: dict[str, tuple[type[BaseModel], int]] = {
     "engine": (TrainingOptions, engine.VERSION),
     **{name: (method.options, method.version) for name, method in METHODS.items()},
     **{name: (strategy.options, strategy.version) for name, strategy in STRATEGIES.items()},
-    **{name: (type(options), NETWORKS[name].version) for name, options in TINY.items()},
+    **{name: (network.options, network.version) for name, network in NETWORKS.items()},
     "spatial": (SpatialOptions, view.VERSION),
     "intensity": (IntensityOptions, view.VERSION),
     "preprocessing": (PreprocessOptions, preparing.VERSION),

@@ -36,6 +36,20 @@ class TestBYOL(MethodChecks):
         assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
         torch.testing.assert_close(gradient.double(), torch.autograd.grad(expected, q)[0], rtol=1e-4, atol=1e-6)
 
+    def test_it_sees_two_different_views_of_the_same_slices(self, settings: dict[str, Any], store: Store) -> None:
+        still: dict[str, Any] = {"spatial": {}, "intensity": {}}
+        for changes in ({}, {"augmentation": still}):
+            (stage,) = self.stages({**settings, **changes}, store)
+            seen: list[Tensor] = []
+            for encoder in (stage.network.encoder, stage.target[0].encoder):
+                encoder.register_forward_pre_hook(lambda module, given, seen=seen: seen.append(given[0]))
+            stage.losses(3)
+            images = store.images(stage.pool.epoch(8, settings["seed"], 3).index)
+            assert seen[0].equal(seen[1])  # network and target are shown the same
+            first, second = seen[0].split(8)
+            for one, other, image in zip(first, second, images, strict=True):
+                assert one.equal(other) == one.equal(image) == other.equal(image) == bool(changes)
+
     def test_the_target_sees_the_same_views_and_computes_with_statistics_of_the_batch(
         self, settings: dict[str, Any], store: Store
     ) -> None:

@@ -36,8 +36,8 @@ class TestContextRestoration(MethodChecks):
         o, seed = stage.options, settings["seed"]
         slices = stage.pool.uniform(6, generator(seed, 1, "slices"))
         images = stage.view(o.augmentation, stage.pool.images(slices), 1, 0, 6)
-        source = swaps((32, 32), 6, o.pairs, o.patch, o.tries, generator(seed, 1, "swaps"))
-        assert entered[0].equal(rearranged(images, source))
+        places = swaps((32, 32), 6, o.pairs, o.patch, o.tries, generator(seed, 1, "swaps"))
+        assert entered[0].equal(rearranged(images, *places))
         assert all(not moved.equal(image) for moved, image in zip(entered[0], images, strict=True))
         restored = seen[0].detach()
         total = sum(
@@ -71,41 +71,45 @@ def slowly(image: Tensor, corners: list[Any], pairs: int, patch: int) -> Tensor:
 )
 def test_patches_change_places_as_in_a_loop(size: tuple[int, int], pairs: int, patch: int, tries: int) -> None:
     batch = 30
-    source = swaps(size, batch, pairs, patch, tries, generator(5))
     free = torch.tensor([side - patch + 1 for side in size])
     corners = (torch.rand(batch, tries, 2, 2, generator=generator(5), dtype=torch.float64) * free).long()
-    pixels = torch.arange(size[0] * size[1]).view(size)
-    expected = [slowly(pixels, corners[b].tolist(), pairs, patch) for b in range(batch)]
-    assert source.view(batch, *size).equal(torch.stack(expected))
-    # Some of them meet, so that which comes later is told.
-    if tries == 100:
-        images = pixels.expand(batch, 1, *size).float()
-        assert rearranged(images, source).equal(torch.stack(expected)[:, None].float())
-        assert any(len(set(row.tolist())) < len(row) for row in source)
+    images = torch.rand(batch, 2, *size, generator=generator(6))
+    result = rearranged(images, *swaps(size, batch, pairs, patch, tries, generator(5)))
+    expected = [
+        torch.stack([slowly(channel, corners[b].tolist(), pairs, patch) for channel in images[b]]) for b in range(batch)
+    ]
+    assert result.equal(torch.stack(expected))
+
+
+def pixels(size: tuple[int, int], batch: int, *how: Any) -> Tensor:
+    """Where every pixel comes from, (B, H * W)."""
+    own = torch.arange(size[0] * size[1]).view(1, 1, *size).expand(batch, -1, -1, -1)
+    return rearranged(own, *swaps(size, batch, *how, generator(0))).flatten(1)
 
 
 def test_patches_lie_anywhere_and_are_ten_pairs() -> None:
     own = torch.arange(60 * 50)
-    source = swaps((60, 50), 400, 10, 5, 100, generator(0))
-    moved = (source != own).float().mean(0).view(60, 50)
+    moved = (pixels((60, 50), 400, 10, 5, 100) != own).float().mean(0).view(60, 50)
     assert (moved > 0).all()  # the corners too
     share = 10 * 2 * 25 / (60 * 50)
     assert 0.7 * share < moved.mean() < share
-    few = swaps((60, 50), 400, 1, 5, 100, generator(0))
+    few = pixels((60, 50), 400, 1, 5, 100)
     assert ((few != own).sum(1) == 2 * 25).all()
     # One pair changes places and nothing else: twice is as it was.
     assert few.gather(1, few).equal(own.expand(400, -1))
+    # Where pairs meet, what is later is seen and something is lost.
+    assert any(len(set(row.tolist())) < len(row) for row in pixels((12, 12), 20, 10, 5, 100))
 
 
 def test_channels_move_together_and_images_by_themselves() -> None:
     images = torch.rand(3, 1, 16, 16).repeat(1, 2, 1, 1) * torch.tensor([1.0, 2.0]).view(1, 2, 1, 1)
-    source = swaps((16, 16), 3, 5, 5, 50, generator(1))
-    result = rearranged(images, source)
+    here, there = swaps((16, 16), 3, 5, 5, 50, generator(1))
+    result = rearranged(images, here, there)
     assert (2 * result[:, 0]).equal(result[:, 1])
-    assert len({tuple(row.tolist()) for row in source}) == 3
+    assert len({tuple(row.tolist()) for row in here}) == 3
     for b in range(3):
         assert set(result[b, 0].flatten().tolist()) <= set(images[b, 0].flatten().tolist())
-        assert rearranged(images[b : b + 1], source[b : b + 1]).equal(result[b : b + 1])
+        assert rearranged(images[b : b + 1], here[b : b + 1], there[b : b + 1]).equal(result[b : b + 1])
 
 
 def test_patches_that_do_not_fit_are_refused(store: Store, cheap: dict[str, Any], tmp_path: Any) -> None:

@@ -18,7 +18,7 @@ from glocal.engine import train
 from glocal.errors import GlocalError
 from glocal.networks.registry import build
 from glocal.pretraining.base import Stage
-from glocal.pretraining.jcl import Encoder, Joint, Options, supcon
+from glocal.pretraining.jcl import Encoder, Joint, Options, masks_of, supcon
 from glocal.pretraining.jcl_branches import distance, feature_error, reduced
 from glocal.pretraining.pretrain import pretrain
 from glocal.pretraining.registry import method_named, pretraining_options
@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # Wider than the other networks here: a map of four channels without a projector has vectors of next to no length,
     # whose directions, and so their gradients, hang on rounding.
     "macl": {"network": {"name": "unet", "widths": [12, 8, 8]}},
-    "jcl": {"preset": "jcl", "blocks": 1},
+    "jcl": {"preset": "jcl", "blocks": 1, "temperature": 0.2},
     "no blocks": {"blocks": 0, "position": "centre", "threshold": 0.3},
     "independent, MSE": {"connection": "independent", "dense": "mse", "scale": "none", "batch": 7},
     "ema, BYOL": {"connection": "ema", "dense": "byol", "momentum": 0.9, "dominant_pixel_projector": True},
@@ -337,6 +337,21 @@ def test_any_number_of_blocks_and_any_size(
 # Options
 
 
+def test_positions_say_who_attracts() -> None:
+    slices = Slices(torch.arange(3), torch.arange(3), torch.tensor([0, 0, 4]), torch.tensor([4, 5, 5]))
+    for options, near in (
+        ({"threshold": 0.04}, False),  # 1/4 and 1/5
+        ({"threshold": 0.06}, True),
+        ({"threshold": 0.04, "position": "centre"}, True),  # 1/8 and 1/10
+        ({"threshold": 0.02, "position": "centre"}, False),
+    ):
+        positive, negative = masks_of(slices, Options(**options))  # type: ignore[arg-type]
+        own = torch.eye(3, dtype=torch.bool)
+        own[0, 1] = own[1, 0] = near
+        assert positive.equal(own.repeat(2, 2) & ~torch.eye(6, dtype=torch.bool))
+        assert negative.equal(~own.repeat(2, 2))
+
+
 def test_without_blocks_it_is_pcl(store: Store, cheap: dict[str, Any]) -> None:
     common = {**cheap, "batch": 16, "outputs": 8}
     (stage,) = TestJCL().stages({**common, "method": "jcl", "blocks": 0}, store)
@@ -394,6 +409,17 @@ def test_who_sees_what(store: Store, cheap: dict[str, Any]) -> None:
     assert not x_a.equal(x_d)
     images, (x_a, x_d) = seen(stages=2, lambda2=0)  # and no L_ER in the second stage
     assert len(x_a) == 8
+
+
+def test_views_are_a_function_of_seed_and_step(store: Store, cheap: dict[str, Any]) -> None:
+    def seen(seed: int, step: int, **options: Any) -> Tensor:
+        stage = joint(store, {**cheap, "seed": seed}, **options)
+        return torch.cat(stage.views(stage.pool.images(stage.pool.epoch(8, 0, 0)), step, 8))
+
+    for options in ({"preset": "jcl"}, {"lambda2": 0, "lambda3": 0}):
+        assert seen(1, 2, **options).equal(seen(1, 2, **options))
+        assert not seen(1, 2, **options).equal(seen(1, 3, **options))
+        assert not seen(1, 2, **options).equal(seen(2, 2, **options))
 
 
 def test_each_loss_has_its_group(store: Store, cheap: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -392,19 +392,27 @@ def test_the_stabiliser_teaches_only_if_it_may(
 def test_the_stabiliser_is_another_slice_seen_in_the_same_way(
     store: Store, cheap: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = made(store, cheap, variant="GPC")
+    stage = made(store, cheap)
     drawn: list[Slices] = []
-    inputs: list[Tensor] = []
+    inputs: dict[str, list[Tensor]] = {"student": [], "teacher": []}
+    asked: list[list[Tensor]] = []
+    told: list[list[Tensor]] = []
     images = Pool.images
     monkeypatch.setattr(Pool, "images", lambda pool, slices: drawn.append(slices) or images(pool, slices))
-    stage.network.encoder.register_forward_hook(lambda *call: inputs.append(call[1][0]))
+    for who, network in (("student", stage.network), ("teacher", stage._teacher()[0])):
+        network.encoder.register_forward_hook(lambda *call, who=who: inputs[who].append(call[1][0]))
+    stage._teacher()[0].encoder.register_forward_hook(lambda *call: told.append(call[2]))
+    uncertainty = stage.uncertainty
+    monkeypatch.setattr(stage, "uncertainty", lambda *words: asked.append(words[0]) or uncertainty(*words))
     seen = Witness(stage, 3, monkeypatch)
     slices, others = drawn
     assert len(slices) == len(others) == 6
     assert not (slices.index == others.index).any()
     assert set(others.volume.tolist()) <= set(stage.pool.volumes.tolist())
-    for some, entered in zip(drawn, inputs, strict=True):
-        assert entered.equal(seen.draws[0].image(images(stage.pool, some)))
+    for role, entered in enumerate(inputs.values()):
+        for some, view in zip(drawn, entered, strict=True):
+            assert view.equal(seen.draws[role].image(images(stage.pool, some)))
+    assert asked == [told[0]]  # the passes are those of the slice itself
     assert others.number.equal(store.slice_of[others.index])
     assert not any(stage._others(slices, 4).index.equal(other.index) for other in drawn)
 
@@ -554,17 +562,13 @@ def test_the_uncertainty_of_a_finished_run(store: Store, tmp_path: Path, cheap: 
     assert maps.std() > 0
     assert maps.equal(uncertainty_maps(tmp_path / "run", pool, slices))
 
-    # The teacher's weights, centre and dropout by hand, with the running statistics of the student.
+    # The teacher's weights, centre and dropout by hand.
     stage = made(store, cheap, passes=5)
     saved = load_file(tmp_path / "run" / "stage-1-network" / "checkpoint.safetensors")
     state = {name.removeprefix("learner."): value for name, value in saved.items() if name.startswith("learner.")}
-    for number, student in enumerate(("network", "heads")):
-        for name in [name for name in state if name.startswith(f"{student}.") and "running" in name]:
-            state[name.replace(student, f"teacher.{number}", 1)] = state[name]
     stage.load_state_dict(state)
     network, heads = stage._teacher()
     assert not next(iter(network.parameters())).equal(next(iter(stage.network.parameters())))
-    stage.eval()
     with torch.no_grad():
         taps = network.encode(pool.images(slices))
         dropout = stage._dropout(torch.device("cpu"), 3, "figure")
@@ -611,12 +615,13 @@ def test_two_slices_are_the_least(store: Store, odd: Store, cheap: dict[str, Any
         made(store, cheap, batch=1)
 
 
-def test_collapse_is_said(store: Store, cheap: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", ["image", "pixel"])
+def test_collapse_is_said(kind: str, store: Store, cheap: dict[str, Any]) -> None:
     stage = made(store, cheap)
     stage.losses(0)
     assert stage.warning() is None
     with torch.no_grad():
-        last = [m for m in stage.heads["image"].modules() if isinstance(m, nn.BatchNorm1d)][-1]
+        last = [m for m in stage.heads[kind].modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)][-1]
         last.weight.zero_()
     stage.losses(0)
     assert stage.warning() == COLLAPSED
@@ -625,3 +630,14 @@ def test_collapse_is_said(store: Store, cheap: dict[str, Any]) -> None:
 def test_a_teacher_that_is_not_sharper_is_named(store: Store, cheap: dict[str, Any]) -> None:
     assert "teacher_temperature=0.1 below temperature=0.1" in str(made(store, cheap, teacher_temperature=0.1).warning())
     assert made(store, cheap, teacher_temperature=0.1, paper_exact=True).warning() is None
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_predictions_cannot_shrink_but_as_the_paper_has_it(exact: bool, store: Store, cheap: dict[str, Any]) -> None:
+    stage = made(store, cheap, paper_exact=exact)
+    before = {name: value.clone() for name, value in stage.heads.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in stage.parameters() if p.requires_grad], lr=0.1)
+    stage.losses(0)["loss"].backward()
+    optimizer.step()
+    same = [name for name, value in stage.heads.named_parameters() if value.equal(before[name])]
+    assert same == ([] if exact else ["image.layers.4.weight", "pixel.1.weight"])

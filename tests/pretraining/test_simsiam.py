@@ -44,6 +44,18 @@ class TestSimSiam(MethodChecks):
         assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5, abs=1e-6)
         torch.testing.assert_close(gradient.double(), torch.autograd.grad(expected, p)[0], rtol=1e-4, atol=1e-6)
 
+    def test_it_sees_two_different_views_of_the_same_slices(self, settings: dict[str, Any], store: Store) -> None:
+        still: dict[str, Any] = {"spatial": {}, "intensity": {}}
+        for changes in ({}, {"augmentation": still}):
+            (stage,) = self.stages({**settings, **changes}, store)
+            seen: list[Tensor] = []
+            stage.network.encoder.register_forward_pre_hook(lambda module, given, seen=seen: seen.append(given[0]))
+            stage.losses(3)
+            images = store.images(stage.pool.epoch(8, settings["seed"], 3).index)
+            first, second = seen[0].split(8)
+            for one, other, image in zip(first, second, images, strict=True):
+                assert one.equal(other) == one.equal(image) == other.equal(image) == bool(changes)
+
     def test_all_that_the_encoder_learns_comes_through_the_predictor(
         self, settings: dict[str, Any], store: Store
     ) -> None:

@@ -41,7 +41,7 @@ class TestSwAV(MethodChecks):
         queues: list[list[Tensor]] = [[], []]  # of the two views, the newest first
         used = []
         for step in range(5):
-            loss = stage.losses(step)["loss"]
+            losses, entropy = stage.losses(step), 0.0
             views = seen[-1].view(-1, o.batch, 16)
             prototypes = unit(stage.prototypes.weight)
             expected = 0.0
@@ -51,9 +51,11 @@ class TestSwAV(MethodChecks):
                 q = slow_sinkhorn(torch.stack(samples) @ prototypes.T, o.epsilon, o.sinkhorn_iterations)[: o.batch]
                 others = [other for other in range(len(views)) if other != view]
                 expected += sum(cross_entropy(q, views[v] @ prototypes.T, 0.1) for v in others) / len(others) / 2
+                entropy -= sum(p * math.log(p) for row in q for p in row if p > 0) / len(q) / 2
                 queues[view] = [*views[view], *queues[view]] if step >= 1 else []
                 used.append(full)
-            assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-4)
+            assert losses["loss"].item() == pytest.approx(float(expected), rel=1e-4)
+            assert losses["entropy"].item() == pytest.approx(entropy, rel=1e-4)
         assert len(views) == 2 + o.local_views
         assert used == ([False] * 6 + [True] * 4 if o.queue else [False] * 10)
 
@@ -206,6 +208,15 @@ def test_local_views_are_small_and_only_predict(store: Store, cheap: dict[str, A
     assert len(seen) == 6
 
 
+def test_every_view_is_drawn_for_itself(store: Store, cheap: dict[str, Any]) -> None:
+    same, seen = {"spatial": {"crop": (0.5, 0.9)}}, list[Tensor]()
+    stage = stage_of(store, cheap, local_views=2, local_size=1.0, augmentation=same, local_augmentation=same)
+    stage.network.encoder.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    stage.losses(0)
+    views = torch.cat(seen).unflatten(0, (4, 8))
+    assert not any(views[i].allclose(views[j]) for i in range(4) for j in range(i))
+
+
 def test_a_small_view_is_the_view_at_another_size() -> None:
     images = torch.rand(3, 2, 16, 24, dtype=torch.float64)
     half = small_view(ViewOptions(), images, (8, 12), 3, generator(0))
@@ -221,7 +232,7 @@ def test_a_small_view_is_the_view_at_another_size() -> None:
 
 
 def test_one_slice_cannot_be_divided(odd: Store, cheap: dict[str, Any]) -> None:
-    with pytest.raises(GlocalError, match=r"only one slice.*more volumes"):
+    with pytest.raises(GlocalError, match=r"only one: .*more volumes"):
         stage_of(odd, cheap, ("odd1",))
 
 

@@ -230,6 +230,7 @@ LAYOUTS = [
     ((15, 20), 5, NAMES),
     ((16, 24), 4, NAMES),
     ((13, 18), 5, NAMES),
+    ((12, 16), 5, NAMES),  # the middle of the last cells lies beyond the image
     ((15, 15), 5, SQUARE),
     ((16, 16), 4, SQUARE),
 ]

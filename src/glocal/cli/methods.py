@@ -10,4 +10,4 @@ def methods() -> None:
     for kind, entries in registered().items():
         typer.secho(kind, bold=True)
         for name, (summary, paper) in entries.items():
-            typer.echo(f"  {name:12}{summary}\n{'':14}{paper}")
+            typer.echo(f"  {name:21}{summary}\n{'':23}{paper}")

@@ -16,6 +16,7 @@ from glocal.data.orientation import ARRAY_AXES, distinct_axis
 from glocal.data.plan import PreprocessOptions
 from glocal.data.split import ProtocolOptions, make_split
 from glocal.errors import GlocalError
+from glocal.networks.registry import network_options
 from glocal.options import validated
 
 LARGEST_SIDE = {"cpu": 128, "cuda": 256}
@@ -51,7 +52,7 @@ def derived(settings: Mapping[str, Any]) -> dict[str, Any]:
         result["preprocess"] = _preprocess(dataset, _checked(result["preprocess"]), LARGEST_SIDE[where])
     if "network" in parts:
         preprocess = validated(PreprocessOptions, result.get("preprocess", {}), "preprocess")
-        result["network"] = {"widths": _widths(min(preprocess.size))} | result["network"]
+        result["network"] = _widths(result["network"], min(preprocess.size)) | result["network"]
     pretraining, finetuning = ITERATIONS[where]
     if "pretrain" in parts:
         volumes = {"volumes": min(5, len(dataset.cases))}
@@ -183,6 +184,8 @@ def _foreground_field(dataset: Dataset, axis: int, spacing: list[float] | None) 
     return needed
 
 
-def _widths(side: int) -> list[int]:
-    levels = max(3, min(6, int(log2(side / SMALLEST_BOTTLENECK)) + 1))
-    return [16, 32, 64, 128, 128, 128][:levels]
+def _widths(network: Mapping[str, Any], side: int) -> dict[str, list[int]]:
+    """As many of the network's levels as the image is large enough for; a network of fixed levels keeps its own."""
+    field = type(network_options(network)).model_fields.get("widths")
+    levels = max(3, int(log2(side / SMALLEST_BOTTLENECK)) + 1)
+    return {} if field is None else {"widths": list(field.default[:levels])}

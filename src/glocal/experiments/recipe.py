@@ -108,11 +108,11 @@ def make_recipe(settings: Mapping[str, Any]) -> Recipe:
         GlocalError: an unknown key (suggests the right one), a value that does not fit, or an unknown contender.
     """
     from glocal.finetuning.registry import finetuning_options
-    from glocal.networks.registry import NetworkOptions
+    from glocal.networks.registry import network_options
 
     recipe = validated(Recipe, settings, "")
     if recipe.network:  # said here once, and not as a fault of the first part that takes it over
-        validated(NetworkOptions, recipe.network, "network")
+        network_options(recipe.network)
     stages = {name: _stages(recipe, name) for name in recipe.pretrain}
     finetuning_options(recipe.part(recipe.finetune))
     for contender in recipe.contenders():

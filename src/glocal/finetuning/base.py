@@ -10,6 +10,7 @@ from glocal.data.sampling import Pool
 from glocal.engine import TrainingOptions
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.registry import NetworkOptions
+from glocal.networks.unet import UNetOptions
 from glocal.views.intensity import IntensityOptions
 from glocal.views.spatial import SpatialOptions
 from glocal.views.view import ViewOptions
@@ -22,7 +23,7 @@ class FinetuningOptions(TrainingOptions):
     """What every strategy has. Nothing is frozen: all parts of the network are trained."""
 
     strategy: str = Field("supervised", description="see `glocal methods`")
-    network: NetworkOptions = Field(NetworkOptions(), description="with pre-trained weights, theirs is taken")
+    network: NetworkOptions = Field(UNetOptions(), description="with pre-trained weights, theirs is taken")
     labels: PositiveInt | Literal["all"] | Several[PositiveInt | Literal["all"]] | Several[str] = Field(
         2,
         description="labelled volumes to train on: a number or `all` (a list of these for several trainings), "

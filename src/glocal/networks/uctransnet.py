@@ -28,6 +28,11 @@ class UCTransNetOptions(BaseModel):
     dropout: float = Field(0.1, ge=0, lt=1, description="of tokens and of attention")
 
 
+def patches(scales: int) -> list[int]:
+    """Sides of the patches that each scale is cut into, 16, 8, 4 and 2 for four: as many of each, as the bottleneck."""
+    return [2 ** (scales - scale) for scale in range(scales)]
+
+
 class Memory(nn.Module):
     """Keys and values of one layer, from the tokens of all scales side by side."""
 
@@ -81,10 +86,9 @@ class Transformer(nn.Module):
     def __init__(self, widths: Sequence[int], options: UCTransNetOptions):
         super().__init__()
         heads, dropout, total = options.heads, options.dropout, sum(widths)
-        patches = [2 ** (len(widths) - level) for level in range(len(widths))]  # 16, 8, 4, 2: one token grid for all
         self.embed = nn.ModuleList(
             nn.Conv2d(width, width, kernel_size=patch, stride=patch)
-            for width, patch in zip(widths, patches, strict=True)
+            for width, patch in zip(widths, patches(len(widths)), strict=True)
         )
         grid = options.positions
         self.positions = nn.ParameterList(torch.zeros(1, width, grid, grid) for width in widths)
@@ -117,10 +121,12 @@ class DecoderBlock(nn.Module):
         inputs: channels of the coarser map.
         width: channels of the skip.
         outputs: channels of what comes out.
+        patch: side of the skip's patches.
     """
 
-    def __init__(self, inputs: int, width: int, outputs: int, options: UCTransNetOptions):
+    def __init__(self, inputs: int, width: int, outputs: int, patch: int, options: UCTransNetOptions):
         super().__init__()
+        self.patch = patch
         self.scale = Scale(width, options.heads, options.dropout)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.reconstruct = layer(width, width, kernel=1)
@@ -129,13 +135,10 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """`(B, inputs, h, w)`, the skip `(B, width, 2h, 2w)` and its tokens -> `(B, outputs, 2h, 2w)`."""
-        height, width = skip.shape[-2:]
-        side = int((height * width / tokens.shape[1]) ** 0.5)  # of a patch
-        grid = (
-            self.norm(self.scale(tokens, keys, values)).transpose(1, 2).unflatten(-1, (height // side, width // side))
-        )
-        # The code convolves (1 x 1) after up-sampling: the same values, each computed side² times.
-        skip = skip + nn.functional.interpolate(self.reconstruct(grid), scale_factor=side)
+        height, width = (side // self.patch for side in skip.shape[-2:])
+        grid = self.norm(self.scale(tokens, keys, values)).transpose(1, 2).unflatten(-1, (height, width))
+        # The code convolves (1 x 1) after up-sampling: the same values, each computed patch² times.
+        skip = skip + nn.functional.interpolate(self.reconstruct(grid), scale_factor=self.patch)
         # Channel-wise cross attention, Eq. 6 and 7; the mean of the up-sampled map is that of the map.
         weights = (self.of_skip(skip.mean(dim=(-2, -1))) + self.of_map(x.mean(dim=(-2, -1)))) / 2
         skip = (skip * weights.sigmoid()[..., None, None]).relu()
@@ -162,7 +165,7 @@ class UCTransNet(SegmentationNetwork):
         self.encoder = Pooled(layers(layer, i, width, 2 if k else 1) for k, (i, width) in enumerate(levels))
         self.decoder = nn.ModuleList(
             DecoderBlock(*sizes, options)
-            for sizes in zip([bottleneck, *outputs[:-1]], reversed(skips), outputs, strict=True)
+            for sizes in zip([bottleneck, *outputs[:-1]], skips[::-1], outputs, patches(len(skips))[::-1], strict=True)
         )
         self.decoder[0].add_module("transformer", Transformer(skips, options))
         self.head = nn.Conv2d(skips[0], classes, kernel_size=1)

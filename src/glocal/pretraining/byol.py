@@ -15,6 +15,7 @@ from glocal.engine import TrainingOptions
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.heads import NormedHead, Predictor
 from glocal.networks.registry import NetworkOptions
+from glocal.networks.unet import UNetOptions
 from glocal.pretraining.base import Method, Stage
 from glocal.pretraining.simclr import AUGMENTATION
 from glocal.pretraining.simsiam import negative_cosine
@@ -26,7 +27,7 @@ class Options(TrainingOptions):
     """The paper's symbols and defaults; the learning rate is not divided, see its description."""
 
     method: Literal["byol"] = "byol"
-    network: NetworkOptions = NetworkOptions()
+    network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd", "lars"] = "lars"
     learning_rate: float = Field(
         0.2, gt=0, description="the paper's 0.2 times batch / 256 would hardly move the weights in so few steps"

@@ -16,6 +16,7 @@ from glocal.engine import TrainingOptions
 from glocal.errors import GlocalError
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.registry import NetworkOptions
+from glocal.networks.unet import UNetOptions
 from glocal.pretraining.base import Method, Stage
 from glocal.randomness import generator
 from glocal.views.ranges import moved
@@ -26,7 +27,7 @@ class Options(TrainingOptions):
     """Patches as in the code; trained as Chaitanya et al. train everything."""
 
     method: Literal["context-restoration"] = "context-restoration"
-    network: NetworkOptions = NetworkOptions()
+    network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd", "lars"] = "adam"
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["cosine", "constant"] = "constant"
@@ -39,8 +40,10 @@ class Options(TrainingOptions):
     augmentation: ViewOptions = Field(ViewOptions(), description="before patches are swapped; nothing is said of any")
 
 
-def swaps(size: tuple[int, int], batch: int, pairs: int, patch: int, tries: int, rng: torch.Generator) -> Tensor:
-    """Where every pixel of the disordered images comes from.
+def swaps(
+    size: tuple[int, int], batch: int, pairs: int, patch: int, tries: int, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Which pixels of the images are written over, and by which.
 
     In each image the first `pairs` of `tries` random pairs of patches that do not overlap each other change places, one
     after the other. A patch is always copied from the image as it was; where two pairs meet, the later one is seen.
@@ -54,26 +57,32 @@ def swaps(size: tuple[int, int], batch: int, pairs: int, patch: int, tries: int,
         rng: where random numbers come from, on the CPU.
 
     Returns:
-        (B, H * W) integer, places in the flattened image.
+        Two times (B, P) integer, places in the flattened image: of the pixels, and of those whose values they take. A
+        pixel that is listed more than once takes the same value each time.
     """
     height, width = size
     free = torch.tensor([height - patch + 1, width - patch + 1])
     corners = (torch.rand(batch, tries, 2, 2, generator=rng, dtype=torch.float64) * free).long()  # pair, row and column
     apart = ((corners[:, :, 0] - corners[:, :, 1]).abs() >= patch).any(-1)  # (B, tries)
     chosen = apart & (apart.cumsum(1) <= pairs)
+    # Those chosen come last and in order; before them come some that stay in place, if tries were too few.
+    kept = chosen.int().argsort(dim=1, stable=True)[:, -pairs:]
+    chosen, corners = chosen.gather(1, kept), corners.take_along_dim(kept[:, :, None, None], 1)
     steps = torch.arange(patch)
-    window = (steps[:, None] * width + steps).flatten()  # (patch * patch,)
-    here = (corners[..., 0] * width + corners[..., 1])[..., None] + window  # (B, tries, 2, patch * patch)
-    # The later try is the greater number, so that the greatest is the one which is seen; its remainder is the place.
-    order = torch.arange(1, tries + 1)[:, None, None] * (height * width)
-    there = (here.flip(2) + order).masked_fill(~chosen[..., None, None], -1)
-    own = torch.arange(height * width).repeat(batch, 1)
-    return own.scatter_reduce(1, here.flatten(1), there.flatten(1), "amax") % (height * width)
+    window = (steps[:, None] * width + steps).flatten()
+    here = (corners[..., 0] * width + corners[..., 1])[..., None] + window  # (B, pairs, 2, patch * patch)
+    there = torch.where(chosen[..., None, None], here.flip(2), here)
+    here, there = here.flatten(1), there.flatten(1)
+    order = torch.arange(here.shape[1], dtype=torch.int32).expand_as(here)
+    last = torch.zeros(batch, height * width, dtype=torch.int32).scatter_reduce(1, here, order, "amax")
+    return here, there.gather(1, last.gather(1, here).long())
 
 
-def rearranged(images: Tensor, source: Tensor) -> Tensor:
-    """Images `(B, C, H, W)` with their pixels taken from `source` `(B, H * W)`, all channels alike."""
-    return images.flatten(2).gather(2, source[:, None].expand(-1, images.shape[1], -1)).view_as(images)
+def rearranged(images: Tensor, here: Tensor, there: Tensor) -> Tensor:
+    """Images `(B, C, H, W)` with the pixels `there` `(B, P)` copied to `here` `(B, P)`, all channels alike."""
+    flat = images.flatten(2)
+    here, there = (places[:, None].expand(-1, images.shape[1], -1) for places in (here, there))
+    return flat.scatter(2, here, flat.gather(2, there)).view_as(images)
 
 
 class Network(Stage):
@@ -98,8 +107,8 @@ class Network(Stage):
         images = self.view(o.augmentation, self.pool.images(slices[own]), step, 0, len(slices))
         height, width = images.shape[2:]
         rng = generator(o.seed, step, "swaps")
-        source = swaps((height, width), len(slices), o.pairs, o.patch, o.tries, rng)
-        features = self.network.encode(rearranged(images, moved(source[own], images.device)))
+        places = swaps((height, width), len(slices), o.pairs, o.patch, o.tries, rng)
+        features = self.network.encode(rearranged(images, *(moved(place[own], images.device) for place in places)))
         restored = self.painter(self.network.decode(features, self.network.blocks))[..., :height, :width]
         error = (restored.to(images.dtype) - images).square().mean((1, 2, 3))
         return {"loss": whole(error, len(slices)).mean()}

@@ -16,6 +16,7 @@ from glocal.distributed import share, whole
 from glocal.engine import TrainingOptions
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.registry import NetworkOptions
+from glocal.networks.unet import UNetOptions
 from glocal.pretraining.base import Method, Stage
 from glocal.pretraining.swav import cross_view_loss, multi_crop, pooled_features, windowed
 from glocal.pretraining.teacher import Teacher, rising
@@ -26,7 +27,7 @@ class Options(TrainingOptions):
     """The paper's symbols and defaults, in iterations of 1/300 of its epochs, without schedule of the weight decay."""
 
     method: Literal["dino"] = "dino"
-    network: NetworkOptions = NetworkOptions()
+    network: NetworkOptions = UNetOptions()
     learning_rate: float = Field(5e-4, gt=0)
     weight_decay: float = Field(0.04, ge=0)
     warmup_iterations: int = Field(300, ge=0)
@@ -139,15 +140,11 @@ class Encoder(Stage):
         return None
 
 
-def _stages(options: Any) -> list[tuple[str, Any]]:
-    return [("encoder", Encoder)]
-
-
 DINO = Method(
     paper="M. Caron, H. Touvron, I. Misra, H. Jégou, J. Mairal, P. Bojanowski, A. Joulin: Emerging properties in "
     "self-supervised vision transformers. ICCV 2021.",
     summary="a student predicts from each view what its slow copy, centred and sharpened, says of another view",
     version=1,
     options=Options,
-    stages=_stages,
+    stages=lambda options: [("encoder", Encoder)],
 )

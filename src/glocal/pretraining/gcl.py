@@ -27,6 +27,7 @@ from glocal.errors import GlocalError
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.heads import DenseHead, GlobalHead
 from glocal.networks.registry import NetworkOptions
+from glocal.networks.unet import UNetOptions
 from glocal.pretraining.base import Method, Stage
 from glocal.randomness import generator
 from glocal.views.intensity import IntensityOptions
@@ -38,7 +39,7 @@ class Options(TrainingOptions):
     """Defaults as paper and code have them; the proposed method is G^D with L^R."""
 
     method: Literal["gcl"] = "gcl"
-    network: NetworkOptions = NetworkOptions()
+    network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd"] = "adam"
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["cosine", "constant"] = "constant"

@@ -18,6 +18,7 @@ from glocal.engine import TrainingOptions
 from glocal.errors import GlocalError
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.registry import NetworkOptions
+from glocal.networks.unet import UNetOptions
 from glocal.pretraining.base import Method, Stage
 from glocal.pretraining.simclr import AUGMENTATION
 from glocal.pretraining.teacher import Teacher
@@ -30,7 +31,7 @@ class Options(TrainingOptions):
     """Optimiser and learning rate are the paper's; what it does not state is as in DenseCL."""
 
     method: Literal["ideal"] = "ideal"
-    network: NetworkOptions = NetworkOptions()
+    network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd", "lars"] = "adam"
     learning_rate: float = Field(1e-5, gt=0)
     weight_decay: float = Field(0.0, ge=0)

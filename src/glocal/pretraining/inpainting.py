@@ -14,6 +14,7 @@ from glocal.distributed import share, whole
 from glocal.engine import TrainingOptions
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.registry import NetworkOptions
+from glocal.networks.unet import UNetOptions
 from glocal.pretraining.base import Method, Stage
 from glocal.randomness import generator
 from glocal.views.ranges import ShareRange, moved, uniform
@@ -26,7 +27,7 @@ class Options(TrainingOptions):
     """Boxes as in the code, 100 of 192 pixels wide; trained as Chaitanya et al. train everything."""
 
     method: Literal["inpainting"] = "inpainting"
-    network: NetworkOptions = NetworkOptions()
+    network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd", "lars"] = "adam"
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["cosine", "constant"] = "constant"

@@ -21,6 +21,7 @@ from glocal.engine import TrainingOptions
 from glocal.errors import GlocalError
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.registry import NetworkOptions
+from glocal.networks.unet import UNetOptions
 from glocal.options import merged
 from glocal.pretraining.base import Method, Stage
 from glocal.pretraining.jcl_branches import (
@@ -53,7 +54,7 @@ class Options(TrainingOptions):
         exclude=True,  # what it sets is kept instead: a run is what it computes, however that was asked for
         description="macl: the code and IEEE JBHI; jcl: arXiv v1; sets only what is not given itself",
     )
-    network: NetworkOptions = NetworkOptions()
+    network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd", "lars"] = "sgd"
     learning_rate: float = Field(0.01, gt=0)
     weight_decay: float = Field(1e-5, ge=0)

@@ -16,6 +16,7 @@ from glocal.data.sampling import Pool
 from glocal.distributed import share, whole
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.registry import NetworkOptions
+from glocal.networks.unet import UNetOptions
 from glocal.pretraining import simclr
 from glocal.pretraining.base import LabelOptions, Method, Stage
 from glocal.randomness import generator
@@ -30,7 +31,7 @@ class Options(LabelOptions):
     """Defaults of the paper's code, which has two learning rates: 3e-4, and 1e-4 in stage 2."""
 
     method: Literal["label-efficient"] = "label-efficient"
-    network: NetworkOptions = NetworkOptions()
+    network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd", "lars"] = "adam"
     learning_rate: float = Field(3e-4, gt=0)
     weight_decay: float = Field(1e-4, ge=0)

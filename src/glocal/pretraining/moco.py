@@ -20,6 +20,7 @@ from glocal.errors import GlocalError
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.heads import PooledHead
 from glocal.networks.registry import NetworkOptions
+from glocal.networks.unet import UNetOptions
 from glocal.pretraining.base import Method, Stage
 from glocal.pretraining.simclr import AUGMENTATION
 from glocal.pretraining.teacher import Teacher
@@ -31,7 +32,7 @@ class Options(TrainingOptions):
     """Symbols of the paper, defaults of version 2; the queue is shorter, as medical data are smaller."""
 
     method: Literal["moco"] = "moco"
-    network: NetworkOptions = NetworkOptions()
+    network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd", "lars"] = "sgd"
     learning_rate: float = Field(
         0.03 * 32 / 256, gt=0, description="the paper's 0.03 for 256 slices, in proportion: another batch, another rate"

@@ -20,6 +20,7 @@ from glocal.errors import GlocalError
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.heads import GlobalHead, PooledHead
 from glocal.networks.registry import NetworkOptions
+from glocal.networks.unet import UNetOptions
 from glocal.pretraining.base import Method, Stage
 from glocal.views.intensity import IntensityOptions
 from glocal.views.spatial import SpatialOptions
@@ -30,7 +31,7 @@ class Options(TrainingOptions):
     """Defaults as the paper and its code have them, but for a lower learning rate with warm-up (no collapse)."""
 
     method: Literal["pcl"] = "pcl"
-    network: NetworkOptions = NetworkOptions()
+    network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd"] = "sgd"
     learning_rate: float = Field(0.01, gt=0)
     weight_decay: float = Field(1e-5, ge=0)

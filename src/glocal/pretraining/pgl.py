@@ -17,6 +17,7 @@ from glocal.engine import TrainingOptions
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.heads import DenseHead
 from glocal.networks.registry import NetworkOptions
+from glocal.networks.unet import UNetOptions
 from glocal.pretraining.base import Method, Stage
 from glocal.pretraining.teacher import Teacher, rising
 from glocal.randomness import generator
@@ -31,7 +32,7 @@ class Options(TrainingOptions):
     """LARS, its learning rate and the momentum as PXG (Zhang & Zhang 2022) reports them; the views are PXG's."""
 
     method: Literal["pgl"] = "pgl"
-    network: NetworkOptions = NetworkOptions()
+    network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd", "lars"] = "lars"
     learning_rate: float = Field(0.2, gt=0)
     weight_decay: float = Field(1.5e-6, ge=0)

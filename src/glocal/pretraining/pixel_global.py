@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from glocal.checkpoints import checkpoint_in
+from glocal.contrast.collapse import is_collapsed
 from glocal.data.sampling import Pool, Slices
 from glocal.distributed import all_sum, share, whole
 from glocal.engine import TrainingOptions
@@ -25,7 +26,8 @@ from glocal.model import read_header
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.heads import DenseHead, NormedHead
 from glocal.networks.registry import NetworkOptions, build
-from glocal.pretraining.base import Method, Stage
+from glocal.networks.unet import UNetOptions
+from glocal.pretraining.base import COLLAPSED, Method, Stage
 from glocal.pretraining.teacher import Teacher, rising
 from glocal.randomness import generator, seed_of
 from glocal.views.correspondence import matching_grid, values_at
@@ -41,7 +43,7 @@ class Options(TrainingOptions):
     """Defaults as the paper has them; where it says nothing, as DINO (Caron et al. 2021) has them."""
 
     method: Literal["pixel-global"] = "pixel-global"
-    network: NetworkOptions = NetworkOptions()
+    network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd", "lars"] = "lars"
     learning_rate: float = Field(0.2, gt=0, description="whatever the batch; BYOL has 0.2 x batch / 256")
     weight_decay: float = Field(1e-6, ge=0)
@@ -64,7 +66,9 @@ class Options(TrainingOptions):
     dropout: float = Field(0.1, gt=0, lt=1, description="p: of the features that the decoder gets")
     student_dropout: bool = Field(True, description="the student's decoder too, so that it can do with less")
     # Against collapse
-    paper_exact: bool = Field(False, description="plain softmax; without it temperatures and centring as in DINO")
+    paper_exact: bool = Field(
+        False, description="no temperatures and centring as in DINO, and heads whose last gain is trained"
+    )
     temperature: float = Field(0.1, gt=0, description="the student's")
     teacher_temperature: float = Field(0.04, gt=0, description="lower, so that its predictions are sharper")
     centring: float = Field(0.9, ge=0, le=1, description="of the mean that is taken from the teacher's outputs")
@@ -155,13 +159,16 @@ class PixelGlobal(Stage):
         super().__init__(network, pool, options, trained=("encoder", *(f"decoder.{block}" for block in range(blocks))))
         if len(pool) < 2:
             raise GlocalError("pixel-global learns from several slices a step, and there is only one: add volumes.")
-        # Batch norm at the end is what keeps the paper's predictions from collapsing.
         bottleneck, finest = network.encoder_channels[-1], network.decoder_channels(blocks)
         self.heads = nn.ModuleDict({"image": NormedHead(bottleneck, bottleneck, options.outputs, normed=True)})
         if blocks:
             normed = nn.BatchNorm2d(options.pixel_outputs)
             self.heads["pixel"] = nn.Sequential(DenseHead(finest, options.pixel_outputs), normed)
+        # Batch norm at the end keeps predictions from collapsing, unless it learns to make all of them small.
+        for norm in [list(head.modules())[-1] for head in self.heads.values()]:
+            norm.get_parameter("weight").requires_grad_(options.paper_exact)
         self.teacher = Teacher(network, self.heads)
+        self._pixels_seen: Tensor | None = None
         self.temperature = 1.0 if options.paper_exact else options.temperature
         self.register_buffer("image_centre", torch.zeros(options.outputs))
         self.register_buffer("pixel_centre", torch.zeros(options.pixel_outputs))
@@ -223,8 +230,10 @@ class PixelGlobal(Stage):
         return {**found, "local": sums[0] / sums[1].clamp_min(1), "pixel": mean}
 
     def warning(self) -> str | None:
-        """Collapse, or temperatures that let it happen."""
+        """Collapse of the images' or the pixels' predictions, or temperatures that let it happen."""
         o: Options = self.options
+        if self._pixels_seen is not None and bool(is_collapsed(self._pixels_seen)):
+            return COLLAPSED
         if not o.paper_exact and o.teacher_temperature >= o.temperature:
             return "The teacher is not sharper than the student, and all predictions tend to become equal: lower " + (
                 f"teacher_temperature={o.teacher_temperature} below temperature={o.temperature}."
@@ -240,7 +249,10 @@ class PixelGlobal(Stage):
             logits = _pixels(*self._teacher(), told, size)
             target = self._read(self.prediction(logits, self.pixel_centre), points)
         taps = dropout(taps) if self.options.student_dropout else taps
-        entropies = cross_entropy(target, _pixels(self.network, self.heads, taps, size), self.temperature)
+        answer = _pixels(self.network, self.heads, taps, size)
+        some = answer.detach()[..., ::4, ::4].movedim(1, -1).flatten(0, -2)
+        self._pixels_seen = (some.float() / self.temperature).softmax(1)
+        entropies = cross_entropy(target, answer, self.temperature)
         return entropies, logits.sum((0, 2, 3), dtype=entropies.dtype)
 
     @torch.no_grad()
@@ -300,7 +312,8 @@ def _size(images: Tensor) -> tuple[int, int]:
 def uncertainty_maps(run: Path, pool: Pool, slices: Slices) -> Tensor:
     """The uncertainty of a finished pre-training's teacher about slices, for figures: U (B, H, W) in [0, 1].
 
-    It looks at the images as they are, with running statistics in its batch norms. Of a pixel of 1 it knows nothing.
+    It looks at the images as they are. As in training, its batch norms take their statistics from what they see: give
+    them a whole volume or a batch of slices. Of a pixel of 1 the teacher knows nothing.
 
     Raises:
         GlocalError: the run folder holds no pre-training of this method with a decoder.
@@ -313,9 +326,8 @@ def uncertainty_maps(run: Path, pool: Pool, slices: Slices) -> Tensor:
     stage = PixelGlobal(build(header.network, header.channels, len(header.labels)), pool, options)
     tensors = load_file(str(checkpoint_in(run / f"stage-1-{STAGE}")))
     stage.load_state_dict({k.removeprefix("learner."): v for k, v in tensors.items() if k.startswith("learner.")})
-    stage.teacher.follow((stage.network, stage.heads), 1.0)  # running statistics: the student's see every step
     images = pool.images(slices)
-    stage.to(images.device).eval()
+    stage.to(images.device)
     told = stage._teacher()[0].encode(images)
     return stage.uncertainty(told, _size(images), stage._dropout(images.device, len(slices), "figure"))
 

@@ -16,6 +16,7 @@ from glocal.engine import TrainingOptions
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.heads import PooledHead
 from glocal.networks.registry import NetworkOptions
+from glocal.networks.unet import UNetOptions
 from glocal.pretraining.base import Method, Stage
 from glocal.randomness import generator
 from glocal.views.view import ViewOptions
@@ -25,7 +26,7 @@ class Options(TrainingOptions):
     """Trained as Chaitanya et al. train everything: 40 images per step, Adam at a constant rate."""
 
     method: Literal["rotation"] = "rotation"
-    network: NetworkOptions = NetworkOptions()
+    network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd", "lars"] = "adam"
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["cosine", "constant"] = "constant"

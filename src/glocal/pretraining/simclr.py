@@ -15,6 +15,7 @@ from glocal.errors import GlocalError
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.heads import NormedHead, PooledHead
 from glocal.networks.registry import NetworkOptions
+from glocal.networks.unet import UNetOptions
 from glocal.pretraining.base import Method, Stage
 from glocal.views.intensity import IntensityOptions
 from glocal.views.spatial import SpatialOptions
@@ -31,7 +32,7 @@ class Options(TrainingOptions):
     """The paper's symbols and defaults; its learning rate for small batches (appendix B.1)."""
 
     method: Literal["simclr"] = "simclr"
-    network: NetworkOptions = NetworkOptions()
+    network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd", "lars"] = "lars"
     learning_rate: float = Field(
         0.075 * 32**0.5, gt=0, description="the paper's 0.075 times the root of the batch; another batch, another rate"

@@ -13,6 +13,7 @@ from glocal.engine import TrainingOptions
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.heads import NormedHead, Predictor
 from glocal.networks.registry import NetworkOptions
+from glocal.networks.unet import UNetOptions
 from glocal.pretraining.base import Method, Stage
 from glocal.pretraining.simclr import AUGMENTATION
 from glocal.views.view import ViewOptions
@@ -22,7 +23,7 @@ class Options(TrainingOptions):
     """The paper's symbols and defaults."""
 
     method: Literal["simsiam"] = "simsiam"
-    network: NetworkOptions = NetworkOptions()
+    network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd", "lars"] = "sgd"
     learning_rate: float = Field(
         0.05 * 32 / 256, gt=0, description="the paper's 0.05 for 256 slices, in proportion: another batch, another rate"

@@ -4,7 +4,7 @@ A batch is divided evenly among the prototypes, so that nothing has to repel. It
 the two whole ones, stands here too.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -19,6 +19,7 @@ from glocal.errors import GlocalError
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.heads import NormedHead
 from glocal.networks.registry import NetworkOptions
+from glocal.networks.unet import UNetOptions
 from glocal.pretraining.base import Method, Stage
 from glocal.pretraining.simclr import AUGMENTATION
 from glocal.randomness import generator
@@ -34,11 +35,9 @@ class Options(TrainingOptions):
     """Defaults as the paper has them for small batches, but no queue and two crops as the authors' code."""
 
     method: Literal["swav"] = "swav"
-    network: NetworkOptions = NetworkOptions()
+    network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd", "lars"] = "lars"
-    learning_rate: float = Field(
-        0.6, gt=0, description="the paper's for 256 slices; in proportion to 32 it would hardly move the weights"
-    )
+    learning_rate: float = Field(0.6, gt=0, description="the paper's for 256 slices, not divided")
     weight_decay: float = Field(1e-6, ge=0)
     warmup_iterations: int = Field(300, ge=0)
     max_iterations: int = Field(10_000, ge=1)
@@ -67,9 +66,7 @@ class Encoder(Stage):
     def __init__(self, network: SegmentationNetwork, pool: Pool, options: Options) -> None:
         super().__init__(network, pool, options, trained=("encoder",))
         if len(pool) < 2:
-            raise GlocalError(
-                "SwAV divides slices among prototypes, and there is only one slice: pre-train on more volumes."
-            )
+            raise GlocalError("SwAV divides slices among prototypes, and there is only one: pre-train on more volumes.")
         self.head = NormedHead(network.encoder_channels[-1], options.hidden, options.outputs)
         self.prototypes = nn.Linear(options.outputs, options.prototypes, bias=False)
         if options.frozen:
@@ -78,7 +75,7 @@ class Encoder(Stage):
             self.register_buffer("queue", torch.zeros(2, options.queue, options.outputs))
 
     def losses(self, step: int) -> dict[str, Tensor]:
-        """Eq. 1 to 5 of the paper."""
+        """Eq. 1 to 5 of the paper; `entropy`, of the assignments, is what the loss cannot fall below."""
         o: Options = self.options
         with torch.no_grad():
             # Taking steps back, instead of not taking them, is exact for any optimiser, its decay and its momentum.
@@ -95,7 +92,7 @@ class Encoder(Stage):
                 assignments = self._assignments(scores[:2], embeddings[:2], step)
             loss = cross_view_loss(scores, assignments, o.temperature)
         self.watch(embeddings[:2].flatten(0, 1))
-        return {"loss": loss}
+        return {"loss": loss, "entropy": torch.special.entr(assignments).sum(-1).mean()}
 
     def _assignments(self, scores: Tensor, embeddings: Tensor, step: int) -> Tensor:
         """Those of the batch (2, B, K), divided among the prototypes together with the queue once that is full."""
@@ -177,9 +174,8 @@ def multi_crop(stage: Stage, images: Tensor, step: int, batch: int) -> list[Tens
         multiple = stage.network.multiple
         height, width = (max(1, round(o.local_size * side / multiple)) * multiple for side in images.shape[-2:])
         draws = [generator(o.seed, step, "view", role) for role in range(2, 2 + o.local_views)]
-        views.append(
-            torch.cat([small_view(o.local_augmentation, images, (height, width), batch, rng) for rng in draws])
-        )
+        small = [small_view(o.local_augmentation, images, (height, width), batch, rng) for rng in draws]
+        views.append(torch.cat(small))
     return views
 
 
@@ -194,15 +190,11 @@ def small_view(options: ViewOptions, images: Tensor, size: tuple[int, int], batc
         return draw.intensity.image(grid_sample(images, grid, align_corners=False))
 
 
-def _stages(options: Any) -> list[tuple[str, Any]]:
-    return [("encoder", Encoder)]
-
-
 SWAV = Method(
     paper="M. Caron, I. Misra, J. Mairal, P. Goyal, P. Bojanowski, A. Joulin: Unsupervised learning of visual features "
     "by contrasting cluster assignments. NeurIPS 2020.",
     summary="one view predicts which prototypes the other belongs to; slices are divided evenly among them",
     version=1,
     options=Options,
-    stages=_stages,
+    stages=lambda options: [("encoder", Encoder)],
 )
