@@ -265,8 +265,11 @@ def test_most_similar_against_a_loop() -> None:
         here, there = query[image].flatten(1), key[image].flatten(1)
         for i in range(20):
             assert int(match[image, i]) == max(range(20), key=lambda j: float(cosine(here[:, i], there[:, j])))
+    alike = query + 30, key + 30  # all cosines above 0.99: the same to bfloat16
+    found = most_similar(*alike)
+    assert len(found.unique()) > 5
     with torch.autocast("cpu", torch.bfloat16):
-        assert most_similar(query, key).equal(match)
+        assert most_similar(*alike).equal(found)
     assert most_similar(torch.zeros(1, 6, 4, 5), key[:1]).equal(torch.zeros(1, 20, dtype=torch.long))
 
 

@@ -70,20 +70,21 @@ def matching_cells(first: Spatial, second: Spatial, size: tuple[int, int], strid
 
     Returns:
         (B, P) int64, the cells of the second maps counted row after row, and (B, P) bool, whether they are matches: the
-        centre lies in both views and in the source, see `matching_points`. P cells in rows, as the map is read.
+        centre lies in both views and in the source, see `matching_points`; the cell is 0 where it does not.
     """
     columns = cells_of(size, stride)[1]
     centres = _lattice(cells_of(size, stride), first.matrix.device) * stride + (stride - 1) / 2
     matched, found = matching_points(first, second, centres.expand(len(first), -1, -1), size)
+    found = found & _within(centres, size)
     column, row = torch.where(found[..., None], (matched + 0.5) / stride, 0).long().unbind(-1)
-    return row * columns + column, found & _within(centres, size)
+    return row * columns + column, found
 
 
 def overlap_grid(first: Spatial, second: Spatial, size: tuple[int, int], stride: int) -> tuple[Tensor, Tensor, Tensor]:
     """One grid of points over what both views show of each source: where to read either map for the same places.
 
-    The grid stands upright in the source, on the smallest box around both views, and has as many points as a map has
-    cells. With rotations some of them lie outside the overlap.
+    The grid stands upright in the source, where the boxes around the two views overlap, and has as many points as a map
+    has cells. With rotations some of them lie outside one of the views.
 
     Args:
         first: B views of the images.
