@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
 
-.PHONY: demo test bench bench-peers format clean
+.PHONY: demo test figures bench bench-peers format clean
 
 demo: $(VENV)/.installed          ## phantom -> pre-train -> fine-tune -> predict -> evaluate -> report
 	$(BIN)/glocal demo --out demo
@@ -14,6 +14,9 @@ test: $(VENV)/.installed          ## lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+figures: $(VENV)/.installed       ## the pictures of docs/figures, drawn from what the methods do on the phantom; a minute or two
+	$(BIN)/python -m figures
 
 bench: $(VENV)/.installed         ## what everything costs, beside MONAI, SimpleITK and the bare network; fifteen minutes on a quiet machine
 	$(BIN)/python -m benchmarks

@@ -47,7 +47,13 @@ def train_in_double(kind: str, name: str, number: int, store: str, settings: dic
         from glocal.finetuning.registry import finetuning_options, strategy_named
 
         options = finetuning_options(settings)
-        learner = strategy_named(name).make(build(options.network, 1, 3), pool, pool, options)
+        entry = strategy_named(name)
+
+        def begin(k: int) -> Any:
+            torch.manual_seed(k)
+            return build(entry.network(options, options.network), 1, 3)
+
+        learner = entry.make(begin, pool, pool, options, Path(folder))
     joined("cpu")
     train(learner.double(), options, Path(folder), "test")
 

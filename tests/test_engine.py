@@ -83,6 +83,16 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert learning_rate_factor(short, 1) == pytest.approx(2 / 30)
 
 
+def test_the_poly_schedule_and_rounds() -> None:
+    poly = options(schedule="poly", warmup_iterations=0, max_iterations=30)
+    assert [learning_rate_factor(poly, step) for step in (0, 15, 29)] == pytest.approx([1, 0.5**0.9, (1 / 30) ** 0.9])
+    cosine = options(warmup_iterations=2, max_iterations=30)
+    alone = [
+        learning_rate_factor(options(warmup_iterations=2, max_iterations=n), k) for n in (10, 20) for k in range(n)
+    ]
+    assert [learning_rate_factor(cosine, step, rounds=(0, 10)) for step in range(30)] == alone
+
+
 def test_the_log_holds_losses_rate_and_figures(tmp_path: Path) -> None:
     learner = Learner()
     seen: list[nn.Module] = []
@@ -293,7 +303,7 @@ def test_a_killed_pretraining_ends_with_the_weights_it_would_have_had(store: Sto
 class TwoWeights(nn.Module):
     """Loss 3 a + 4 b: gradients (3, 4) in every step."""
 
-    steady = ("b",)
+    steady = {"b": 0.2}  # noqa: RUF012
 
     def __init__(self) -> None:
         super().__init__()
@@ -312,12 +322,12 @@ def moved(tmp_path: Path, **settings: Any) -> list[float]:
 
 
 def test_steady_modules_know_no_warm_up(tmp_path: Path) -> None:
-    assert moved(tmp_path, learning_rate=0.1, warmup_iterations=10) == pytest.approx([0.03, 0.4], rel=1e-4)
+    assert moved(tmp_path, learning_rate=0.1, warmup_iterations=10) == pytest.approx([0.03, 0.8], rel=1e-4)
 
 
 def test_gradients_are_clipped_by_their_common_norm(tmp_path: Path) -> None:
     clipped = moved(tmp_path, learning_rate=0.1, warmup_iterations=0, gradient_clip=1.0)
-    assert clipped == pytest.approx([0.06, 0.08], rel=1e-4)
+    assert clipped == pytest.approx([0.06, 0.16], rel=1e-4)
 
 
 def test_lars_moves_a_matrix_by_its_own_size(tmp_path: Path) -> None:
@@ -326,5 +336,5 @@ def test_lars_moves_a_matrix_by_its_own_size(tmp_path: Path) -> None:
     before = [learner.a.weight.item(), learner.b.weight.item()]
     settings = {"learning_rate": 0.1, "warmup_iterations": 0, "weight_decay": 0, "max_iterations": 1}
     train(learner, options(optimizer="lars", **settings), tmp_path, "test")
-    for was, now in zip(before, (learner.a, learner.b), strict=True):
-        assert was - now.weight.item() == pytest.approx(0.1 * 0.001 * abs(was), rel=1e-2)
+    for was, now, rate in zip(before, (learner.a, learner.b), (0.1, 0.2), strict=True):
+        assert was - now.weight.item() == pytest.approx(rate * 0.001 * abs(was), rel=1e-2)

@@ -1,16 +1,16 @@
 """Words of people become typed settings; whatever does not fit is one sentence that names the key and the way out."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from glocal.data.plan import PreprocessOptions
 from glocal.data.split import ProtocolOptions
 from glocal.errors import GlocalError
 from glocal.finetuning.registry import finetuning_options
-from glocal.options import closest, merged, parse_words, validated
+from glocal.options import closest, merged, parse_words, presets, validated
 from glocal.pretraining.registry import pretraining_options
 
 
@@ -73,6 +73,47 @@ def test_merging_goes_level_by_level_and_changes_neither() -> None:
     over = {"a": {"c": {"h": 5}, "b": 6}, "f": 7, "e": {"i": 8}}
     assert merged(base, over) == {"a": {"b": 6, "c": {"d": 2, "h": 5}}, "e": {"i": 8}, "f": 7}
     assert base == {"a": {"b": 1, "c": {"d": 2}}, "e": 3, "f": {"g": 4}}
+
+
+class Dessert(BaseModel):
+    kind: str = "cake"
+    size: int = 1
+
+
+class Meal(BaseModel):
+    preset: Literal["full", "light"] = Field("full", exclude=True)
+    starter: str = "soup"
+    main: dict[str, Any] = {"dish": "stew", "size": 2}
+    dessert: Dessert = Dessert()
+
+    _preset = presets(
+        {"light": {"starter": "salad", "main": {"dish": "fish", "size": 1}, "dessert": Dessert(kind="fruit", size=3)}}
+    )
+
+
+def test_a_preset_lies_below_what_is_given() -> None:
+    full = {"starter": "soup", "main": {"dish": "stew", "size": 2}, "dessert": {"kind": "cake", "size": 1}}
+    light = {"starter": "salad", "main": {"dish": "fish", "size": 1}, "dessert": {"kind": "fruit", "size": 3}}
+    assert Meal().model_dump() == Meal(preset="full").model_dump() == full
+    assert Meal(preset="light").model_dump() == light
+    assert Meal(preset="light", starter="soup").model_dump() == light | {"starter": "soup"}
+    given = Meal.model_validate({"preset": "light", "main": {"size": 3}, "dessert": {"size": 2}})
+    assert given.main == {"dish": "fish", "size": 3}  # level by level
+    assert given.dessert == Dessert(size=2)  # as a whole, in the place of an object
+
+
+def test_of_a_preset_what_it_has_set_is_kept() -> None:
+    """So what was put back to the class's default by hand is not set again when the sparse form is read."""
+    for meal in (Meal(preset="light"), Meal(preset="light", starter="soup"), Meal()):
+        kept = meal.model_dump(exclude_defaults=True)
+        assert "preset" not in kept
+        assert Meal(**kept).model_dump() == meal.model_dump()
+
+
+@pytest.mark.parametrize("wrong", ["heavy", ["light"], {"light": 1}])
+def test_a_preset_that_there_is_not_is_one_plain_sentence(wrong: Any) -> None:
+    with pytest.raises(GlocalError, match=r"meal\.preset.* does not fit: it must be 'full' or 'light'\.$"):
+        validated(Meal, {"preset": wrong}, "meal")
 
 
 def test_the_closest_name_is_suggested_else_all() -> None:
@@ -138,7 +179,11 @@ def test_a_misspelt_key_is_said_before_the_key_that_is_therefore_missing() -> No
         ("max_iterations=1.5", "finetune", "finetune.max_iterations=1.5 does not fit: it must be a whole number."),
         ("learning_rate=fast", "finetune", "finetune.learning_rate=fast does not fit: it must be a number."),
         ("learning_rate=0", "finetune", "finetune.learning_rate=0 does not fit: it must be above 0."),
-        ("loss=dise", "finetune", "finetune.loss=dise does not fit: it must be 'dice' or 'dice+ce'."),
+        (
+            "precision=half",
+            "finetune",
+            "finetune.precision=half does not fit: it must be 'auto', 'float32' or 'bfloat16'.",
+        ),
         ("log=tensorboard", "finetune", "finetune.log=tensorboard does not fit: it must be a list in brackets."),
         (
             "network=unet",

@@ -56,14 +56,23 @@ def joined(name: str) -> torch.device:
     return device
 
 
-def fabric_for(device: torch.device, precision: str, loggers: list[Logger] | None = None) -> Fabric:
-    """Device, processes and precision, as Lightning Fabric wants them."""
+def fabric_for(
+    device: torch.device, precision: str, loggers: list[Logger] | None = None, in_turns: bool = False
+) -> Fabric:
+    """Device, processes and precision, as Lightning Fabric wants them.
+
+    Args:
+        device: what to compute on.
+        precision: `auto`, `float32` or `bfloat16`.
+        loggers: where figures go.
+        in_turns: some weights get no gradient in some iterations.
+    """
     several = distributed.started() > 1
     nodes = _nodes() if several else 1
     one = 1 if device.type == "cpu" else [device.index or 0]
     fabric = Fabric(
         accelerator=device.type,
-        strategy="ddp" if several else "auto",
+        strategy=f"ddp{'_find_unused_parameters_true' * in_turns}" if several else "auto",
         devices=distributed.started() // nodes if several else one,
         num_nodes=nodes,
         precision="bf16-mixed" if precision_of(device, precision) == "bfloat16" else "32-true",

@@ -6,7 +6,8 @@ run that was killed continues from its last checkpoint bit for bit, with no rand
 
 import json
 import time
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from math import cos, isfinite, pi
 from pathlib import Path
 from typing import Any, Literal
@@ -49,21 +50,33 @@ class TrainingOptions(BaseModel):
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     warmup_iterations: int = Field(30, ge=0, description="the learning rate rises linearly over these")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="cosine falls to 0")
+    schedule: Literal["cosine", "constant", "poly"] = Field(
+        "cosine", description="cosine falls to 0; poly as (1 - done)^0.9"
+    )
     gradient_clip: float = Field(0.0, ge=0, description="largest norm of all gradients together; 0: no limit")
     log: tuple[Literal["tensorboard", "mlflow"], ...] = Field(
         ("tensorboard",), description="beside metrics.jsonl, which is always written"
     )
 
 
-def learning_rate_factor(options: TrainingOptions, step: int) -> float:
-    """Factor of the learning rate in iteration `step` (0-based): linear warm-up, then the schedule."""
+def learning_rate_factor(options: TrainingOptions, step: int, rounds: Sequence[int] = (0,)) -> float:
+    """Factor of the learning rate in iteration `step` (0-based): linear warm-up, then the schedule.
+
+    Args:
+        options: of the training.
+        step: the iteration.
+        rounds: iterations in which both begin anew, in rising order, the first of them 0.
+    """
+    number = bisect_right(rounds, step)
+    end = rounds[number] if number < len(rounds) else options.max_iterations
+    step, steps = step - rounds[number - 1], end - rounds[number - 1]
     if step < options.warmup_iterations:
         return (step + 1) / options.warmup_iterations
     if options.schedule == "constant":
         return 1.0
-    remaining = max(1, options.max_iterations - options.warmup_iterations)
-    return 0.5 * (1 + cos(pi * (step - options.warmup_iterations) / remaining))
+    done = (step - options.warmup_iterations) / max(1, steps - options.warmup_iterations)
+    factor: float = (1 - done) ** 0.9 if options.schedule == "poly" else 0.5 * (1 + cos(pi * done))
+    return factor
 
 
 def train(
@@ -79,7 +92,9 @@ def train(
     Args:
         learner: `forward(step)` returns a dict of scalar tensors; `loss` is minimised, all are logged. An attribute
             `warning()` may return a plain sentence about its state (for example collapse), asked for now and then;
-            `steady` names modules whose learning rate stays as it is, without warm-up and schedule.
+            `steady` maps modules' names to learning rates that are theirs throughout, without warm-up and schedule;
+            `rounds` are iterations in which warm-up and schedule begin anew; `in_turns` says that some weights get no
+            gradient in some iterations.
         evaluate: returns figures to log every `evaluate_every` iterations and after the last.
 
     Returns:
@@ -106,7 +121,7 @@ def _train(
     device, loggers = device_named(options.device), list[Logger]()
     precision = first_decides(lambda: precision_of(device, state.get("precision", options.precision)))
     first_decides(lambda: loggers.extend(_loggers(options, folder)))
-    fabric = fabric_for(device, precision, loggers)
+    fabric = fabric_for(device, precision, loggers, getattr(learner, "in_turns", False))
     # Several processes wait for each other in here, so that none reads the folder after the first has written to it.
     module, optimizer = set_up(fabric, learner, options)
     if state:
@@ -161,14 +176,18 @@ def set_up(fabric: Fabric, learner: nn.Module, options: TrainingOptions) -> tupl
     learner = with_whole_statistics(learner, fabric.device)
     learner = learner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from its stubs
     module, optimizer = fabric.setup(learner, _optimizer(learner, options))
+    if options.optimizer == "sgd":  # fused, it cannot begin with some weights and take up others later
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return module, optimizer
 
 
 def iterate(fabric: Fabric, module: Any, optimizer: Any, options: TrainingOptions, step: int) -> dict[str, Tensor]:
     """One iteration: losses, gradients, new weights."""
     torch.manual_seed(seed_of(options.seed, "engine", step, *[rank()] * (rank() > 0)))  # dropout and the like
+    factor = learning_rate_factor(options, step, getattr(module, "rounds", (0,)))
     for group in optimizer.param_groups:
-        group["lr"] = options.learning_rate * (1 if group.get("steady") else learning_rate_factor(options, step))
+        group["lr"] = group["steady"] or options.learning_rate * factor
     module.train()
     losses: dict[str, Tensor] = module(step)
     fabric.backward(losses["loss"])
@@ -185,14 +204,12 @@ def _warning_of(learner: nn.Module) -> list[str]:
 
 
 def _optimizer(learner: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
-    steady = {
-        id(parameter)
-        for name in getattr(learner, "steady", ())
-        for parameter in learner.get_submodule(name).parameters()
-    }
+    own: dict[str, float] = getattr(learner, "steady", {})
+    steady = {id(p): rate for name, rate in own.items() for p in learner.get_submodule(name).parameters()}
     parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in parameters if (id(p) in steady) == kept], "steady": kept} for kept in (False, True)
+        {"params": [p for p in parameters if steady.get(id(p), 0.0) == rate], "steady": rate}
+        for rate in sorted({0.0, *own.values()})  # 0: that of the schedule
     ]
     groups = [group for group in groups if group["params"]]
     rate, decay = options.learning_rate, options.weight_decay

@@ -1,32 +1,33 @@
 """From a volume to its mask: slices through the network, probabilities back to native geometry, argmax there."""
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from glocal.data.dicom import dicom_series
-from glocal.data.image import FILE_ENDINGS, file_ending, is_volume_file, read_image, write_like
+from glocal.data.image import read_image, write_like
+from glocal.data.inputs import Input, list_inputs
 from glocal.data.plan import Plan
 from glocal.data.prepare import prepare, restore
 from glocal.devices import device_named
+from glocal.ensemble import Ensemble, Models, softened
 from glocal.errors import GlocalError
 from glocal.files import digest, read_json, replacing, write_json
-from glocal.model import find_model, load_network
+from glocal.model import find_model
 from glocal.progress import track
+from glocal.uncertainty import entropy
 
 VERSION = 1  # raised by hand when the same network gives other masks (see `runs.identity`)
+PAGE = "predictions.html"
 # Few on a CPU, so that the finest feature maps stay in its cache.
 _PIXELS_AT_ONCE = {"cpu": 2**16, "cuda": 2**20}
-# A mask is one file: these headers have their voxels in a second one, their formats have an ending that has not.
-_IN_ONE_FILE = {".mhd": ".mha", ".nhdr": ".nrrd"}
 
 
 def folded(network: nn.Module) -> nn.Module:
@@ -62,112 +63,154 @@ def slice_probabilities(network: nn.Module, images: Tensor, device: torch.device
 
 
 @dataclass(frozen=True)
-class Input:
-    """A case to predict: its channel files (or one DICOM folder) and the mask's file name."""
+class Maps:
+    """What is written beside the masks, and by which temperature its probabilities are softened."""
 
-    name: str
-    files: tuple[Path, ...]
-    target: str
+    probabilities: bool
+    uncertainty: bool
+    temperature: float | None
 
-
-def list_inputs(images: Path, channels: int) -> list[Input]:
-    """The cases in a folder: image files (`CASE_0000...` per channel, or any name with one channel), DICOM folders.
-
-    Folders without a DICOM series are passed over, for example one that holds the masks.
-
-    Raises:
-        GlocalError: nothing to read, a missing channel, or two cases of one name.
-    """
-    if not images.exists():
-        raise GlocalError(f"{images} does not exist: give a folder of images, or one image file.")
-    files = [images] if images.is_file() else sorted(p for p in images.iterdir() if not p.name.startswith("."))
-    cases: dict[str, dict[int, Path]] = {}
-    for path in files:
-        if dicom_series(path) if path.is_dir() else is_volume_file(path):
-            stem = path.name if path.is_dir() else path.name.removesuffix(file_ending(path))
-            match = re.fullmatch(r"(.+)_(\d{4})", stem)
-            name, channel = (match[1], int(match[2])) if match else (stem, 0)
-            if channel in cases.setdefault(name, {}):
-                raise GlocalError(f"{path} and {cases[name][channel].name} would write one mask: rename one of them.")
-            cases[name][channel] = path
-    if not cases and images.is_dir() and dicom_series(images):
-        cases = {images.resolve().name: {0: images}}  # the folder may be one DICOM series itself
-    if not cases:
-        raise GlocalError(f"{images} holds no image (files ending in {', '.join(FILE_ENDINGS)}, or DICOM folders).")
-    if channels == 1:  # scan_0001 and scan_0002 are two scans then, unless there is a scan_0000
-        for name in [name for name, found in cases.items() if 0 not in found]:
-            cases |= {f"{name}_{number:04d}": {0: path} for number, path in cases.pop(name).items()}
-    return [_input(name, found, channels) for name, found in sorted(cases.items())]
-
-
-def _input(name: str, found: dict[int, Path], channels: int) -> Input:
-    if sorted(found) != list(range(channels)):
-        wanted = ", ".join(f"{name}_{channel:04d}" for channel in range(channels))
-        raise GlocalError(f"The model needs {channels} channel(s) of {name} ({wanted}), found {len(found)}.")
-    first = found[0]
-    ending = ".nii.gz" if first.is_dir() else file_ending(first).lower()  # a mask of a DICOM series is written as NIfTI
-    return Input(name, tuple(found[channel] for channel in range(channels)), name + _IN_ONE_FILE.get(ending, ending))
+    def files(self, case: Input) -> list[str]:
+        """The names of all files of a case."""
+        wanted = {case.target: True, f"{case.name}.npz": self.probabilities, case.uncertainty: self.uncertainty}
+        return [name for name, is_wanted in wanted.items() if is_wanted]
 
 
 def predict(
-    model: Path, images: Path, out: Path, probabilities: bool = False, device: str = "auto", overwrite: bool = False
+    model: Path,
+    images: Path,
+    out: Path,
+    probabilities: bool = False,
+    device: str = "auto",
+    overwrite: bool = False,
+    others: Sequence[Path] = (),
+    tta: bool = False,
+    uncertainty: bool = False,
+    passes: int = 0,
 ) -> list[Path]:
     """Predict masks for all images of a folder, in their native geometry, format and header.
 
-    DICOM series get NIfTI masks, `.mhd` images `.mha` masks and `.nhdr` images `.nrrd` masks: one file each.
+    DICOM series get NIfTI masks, `.mhd` images `.mha` masks and `.nhdr` images `.nrrd` masks: one file each. Beside
+    them lie `predictions.json` (models, options, what was measured) and `cases.csv`, see `evaluation.cases`.
 
     Args:
         model: a model file or a run folder.
         images: a folder of image files or DICOM series, or one file.
         out: folder for the masks; `CASE` and the ending of the input, as nnU-Net names them.
         probabilities: also write `CASE.npz` with `probabilities` `(K, z, y, x)` float16.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
         overwrite: replace masks that exist; without it they are kept, so that a stopped prediction continues.
+        others: further models, whose probabilities are averaged with those of the first.
+        tta: average over slightly moved views of each slice, too (test-time augmentation).
+        uncertainty: also write `CASE_uncertainty`, float32 in [0, 1], and `predictions.html`.
+        passes: average over so many predictions with random dropout, in place of one without.
 
     Returns:
         The masks' paths.
 
     Raises:
-        GlocalError: no such model or images, an unreadable image, or `out` is the images' folder.
+        GlocalError: no such model or images, models that do not fit together, nothing to vary, an unreadable image, or
+            `out` is the images' folder or holds masks of something else.
     """
-    network, header = load_network(find_model(model))
+    models = Models.load([find_model(path) for path in (model, *others)])
     if out.resolve() == (images if images.is_dir() else images.parent).resolve():
         raise GlocalError(f"{out} holds the images themselves: choose another folder for the masks.")
     where = device_named(device)
-    network = folded(network.to(where))
-    inputs = list_inputs(images, header.channels)
-    _refuse_other_masks(out, find_model(model), inputs, overwrite)
-    masks = []
+    vary = models.variation(tta, passes, every_decoder=uncertainty)
+    networks = [folded(network.to(where)) for network in models.networks]
+    network = Ensemble(networks, vary.views, passes).to(where) if vary.several else networks[0]
+    plan, maps = models.headers[0].plan, Maps(probabilities, uncertainty, models.temperature)
+    inputs = list_inputs(images, plan.channels)
+    record = _record(out, models, vary.options, inputs, overwrite)
+    record |= {"summary": vary.sentence(uncertainty), "calibration": models.sentence(), "temperature": maps.temperature}
+    write_json(out / "predictions.json", record)
     for case in track(inputs, "Predicting", len(inputs)):
-        target = out / case.target
-        if overwrite or not target.exists() or (probabilities and not (out / f"{case.name}.npz").exists()):
-            _predict_case(network, header.plan, case, target, probabilities, where)
-        masks.append(target)
-    return masks
+        there = [name for name in record["cases"].get(case.name, {}).get("files", []) if (out / name).exists()]
+        if overwrite or not set(maps.files(case)) <= set(there):
+            record["cases"][case.name] = _predict_case(network, plan, case, out / case.target, maps, where)
+        write_json(out / "predictions.json", record)
+    _write_overview(out, record, plan, uncertainty)
+    return [out / case.target for case in inputs]
 
 
-def _refuse_other_masks(out: Path, model: Path, inputs: list[Input], overwrite: bool) -> None:
-    """Masks that exist are kept only if this very model made them: `predictions.json` names it."""
-    record, made_by = out / "predictions.json", {"model": str(model.resolve()), "digest": digest(model)}
-    begun = read_json(record) if record.exists() else {}
-    if not overwrite and begun.get("digest") != made_by["digest"] and any((out / i.target).exists() for i in inputs):
+def _record(out: Path, models: Models, options: dict[str, Any], inputs: list[Input], overwrite: bool) -> dict[str, Any]:
+    """What `predictions.json` says: masks that exist are kept only if these very models made them in this way."""
+    path = out / "predictions.json"
+    begun = read_json(path) if path.exists() else {}
+    made_by: dict[str, Any] = {
+        "models": [{"file": str(file.resolve()), "digest": digest(file)} for file in models.files],
+        "options": options,
+    }
+    same = [model["digest"] for model in begun.get("models", [])] == [model["digest"] for model in made_by["models"]]
+    if same and begun["options"] == options:
+        return {**made_by, "cases": begun["cases"]}
+    if not overwrite and any((out / case.target).exists() for case in inputs):
         raise GlocalError(
-            f"{out} holds masks of these images by {begun.get('model', 'something else')}: choose another folder, or "
-            "replace them with --overwrite."
+            f"{out} holds masks of these images by {_maker(begun)}: choose another folder, or replace them with "
+            "--overwrite."
         )
-    write_json(record, made_by)
+    stale = [name for case in inputs for name in begun.get("cases", {}).get(case.name, {}).get("files", [])]
+    for name in (*stale, PAGE):  # no map shall lie beside a mask that it was not made with
+        (out / name).unlink(missing_ok=True)
+    return {**made_by, "cases": {}}
+
+
+def _maker(record: dict[str, Any]) -> str:
+    """Who made the masks of a record, in words."""
+    files = [model["file"] for model in record.get("models", [])]
+    options = [
+        name if value is True else f"{name}={value}" for name, value in record.get("options", {}).items() if value
+    ]
+    return " and ".join(files) + (f" with {', '.join(options)}" if options else "") if files else "something else"
 
 
 def _predict_case(
-    network: nn.Module, plan: Plan, case: Input, target: Path, probabilities: bool, device: torch.device
-) -> None:
+    network: nn.Module, plan: Plan, case: Input, target: Path, maps: Maps, device: torch.device
+) -> dict[str, Any]:
+    """Write what is wanted of a case; what was measured of it."""
+    from glocal.evaluation.cases import case_measures
+
     volume = read_image(case.files)
     try:
         prepared = prepare(volume, plan)
     except GlocalError as error:
         raise GlocalError(f"{case.files[0]}: {error}") from error
-    kept = np.empty((len(plan.labels), *volume.array.shape[1:]), dtype=np.float16) if probabilities else None
-    mask = restore(slice_probabilities(network, prepared.images, device), prepared.undo, kept)
+    shape, undo = volume.array.shape[1:], prepared.undo
+    kept = np.empty((len(plan.labels), *shape), dtype=np.float16) if maps.probabilities else None
+    unsure = np.empty(shape, dtype=np.float32) if maps.uncertainty else None
+
+    def watch(place: slice, native: Tensor) -> None:
+        if maps.temperature is not None:
+            native = softened(native, maps.temperature)
+        if kept is not None:
+            undo.oriented(kept)[place] = native.numpy()
+        if unsure is not None:
+            undo.oriented(unsure[None])[place, 0] = entropy(native).numpy()
+
+    parts = slice_probabilities(network, prepared.images, device)
+    mask = restore(parts, undo, watch if maps.probabilities or maps.uncertainty else None)
     if kept is not None:
         with replacing(target.parent / f"{case.name}.npz") as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, probabilities=kept)
+    if unsure is not None:
+        write_like(target.with_name(case.uncertainty), unsure, case.files[0])
     write_like(target, mask, case.files[0])  # last, because its presence says that the case is done
+    spacing = volume.geometry.spacing if plan.options.spacing_known else None
+    doubts = None if unsure is None else undo.oriented(unsure[None])[:, 0]
+    return {
+        "image": str(case.files[0].resolve()),
+        "files": maps.files(case),
+        "map": case.uncertainty if maps.uncertainty else None,
+        "undo": undo.as_dict(),
+        "spacing": spacing,
+        **case_measures(undo.oriented(mask[None])[:, 0], doubts, plan.labels, spacing),
+    }
+
+
+def _write_overview(out: Path, record: dict[str, Any], plan: Plan, uncertainty: bool) -> None:
+    """`cases.csv`, and with uncertainty `predictions.html`."""
+    from glocal.overview import write_cases, write_page
+
+    table = write_cases(out, record)
+    if uncertainty:
+        write_page(out / PAGE, record, table, plan.labels)

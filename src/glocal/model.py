@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from glocal.data.plan import Plan
 from glocal.errors import GlocalError
 from glocal.files import replacing
-from glocal.networks.registry import NetworkOptions, build
+from glocal.networks.registry import TrainedOptions, build
 
 
 class Header(BaseModel):
@@ -23,7 +23,7 @@ class Header(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     kind: Literal["pretrained", "segmentation"]
-    network: NetworkOptions
+    network: TrainedOptions
     channels: int
     labels: dict[str, int]
     plan: Plan
@@ -59,6 +59,13 @@ def save_model(path: Path, weights: Mapping[str, Tensor], header: Header) -> Non
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
     with replacing(path) as temporary:
         save_file(tensors, str(temporary), metadata={"glocal": header.model_dump_json()})
+
+
+def add_provenance(path: Path, **facts: Any) -> None:
+    """Write further facts into the provenance of a model file, atomically; its weights stay as they are."""
+    header = read_header(path)
+    provenance = {**header.provenance, **facts}
+    save_model(path, load_file(str(path)), header.model_copy(update={"provenance": provenance}))
 
 
 def find_model(path: Path) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
 
 from glocal.errors import GlocalError
 
@@ -102,6 +102,23 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         below = result.get(key)
         result[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
     return result
+
+
+def presets(known: Mapping[str, Mapping[str, Any]]) -> Any:
+    """A validator that gives options presets: what the one named in their field `preset` sets, below what is given.
+
+    The field is left out of what is kept of options (`exclude=True`), and what it has set is in it: so a run is what it
+    computes, however that was asked for, and what was put back to its default by hand stays there when it is read.
+
+    Args:
+        known: settings by the preset's name, as a recipe would say them. One that is an object instead, such as options
+            of a network, is not merged with what is given at its key but gives way as a whole.
+    """
+
+    def _preset(given: Any) -> Any:
+        return merged(known.get(str(given.get("preset")), {}), given) if isinstance(given, Mapping) else given
+
+    return model_validator(mode="before")(_preset)
 
 
 def validated(kind: type[Options], settings: Mapping[str, Any], where: str) -> Options:

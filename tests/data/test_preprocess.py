@@ -55,7 +55,8 @@ def native(probabilities, undo):
     """Probabilities of slices `(n, K, H, W)` as those of the volume `(K, z, y, x)`."""
     shape = [undo.shape[undo.order.index(axis)] for axis in range(3)]
     kept = np.full((probabilities.shape[1], *shape), np.nan, dtype=np.float32)
-    mask = restore(probabilities.split(3), undo, kept)
+    oriented = undo.oriented(kept)
+    mask = restore(probabilities.split(3), undo, lambda place, part: oriented.__setitem__(place, part.numpy()))
     np.testing.assert_array_equal(mask, kept.argmax(0))
     return kept
 

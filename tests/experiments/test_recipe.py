@@ -50,6 +50,20 @@ def test_there_is_a_recipe_for_the_demonstration_and_for_ones_own_data() -> None
     assert {"auto", "phantom-small", "acdc-small"} <= set(recipe_names())
 
 
+def test_a_recipe_tries_every_method_on_the_data_of_the_demonstration() -> None:
+    settings, demonstration = read_recipe("phantom-methods"), read_recipe("phantom-small")
+    pretrain = settings["pretrain"]
+    assert {name: part["method"] for name, part in pretrain.items()} == {name: name for name in METHODS}
+    assert all(settings[part] == demonstration[part] for part in ("preprocess", "network", "finetune", "protocol"))
+    both = [pretraining_options(recipe["pretrain"]["pcl"]) for recipe in (settings, demonstration)]
+    assert both[0] == both[1]
+    shared = ("max_iterations", "optimizer", "learning_rate", "weight_decay", "schedule", "warmup_iterations")
+    options = [pretraining_options(part) for part in pretrain.values()]
+    assert len({tuple(getattr(one, name) for name in shared) for one in options}) == 1
+    chosen = make_recipe({**settings, "data": "hearts", "out": "run", "compare": ["random", "byol"]})
+    assert chosen.contenders() == ("random", "byol")
+
+
 def test_what_is_said_once_reaches_every_part_unless_the_part_says_otherwise() -> None:
     recipe = changed(precision="float32")
     pcl, gcl = (pretraining_options(recipe.part(recipe.pretrain[name])) for name in ("pcl", "gcl"))

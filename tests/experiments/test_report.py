@@ -1,5 +1,6 @@
 """The report of a run says in words what was done, whatever the budgets and the splits."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,8 +9,10 @@ import pytest
 import yaml
 
 from glocal.data.split import ProtocolOptions
-from glocal.experiments.report import _budget, _lead
+from glocal.experiments.probed import all_probed, probed, verdict
+from glocal.experiments.report import _budget, _lead, report
 from glocal.experiments.run import run
+from glocal.files import read_json, write_json
 
 
 @pytest.mark.parametrize(
@@ -61,3 +64,61 @@ def test_a_run_with_all_labels_has_its_table_and_its_report(raw: Path, tmp_path:
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "random/labels-1-draw-0" in page  # the training that is shown is one of the smallest budget
     assert "Dice, random, all labelled" in page
+
+
+def found(probe: float, neighbour: float, **more: Any) -> dict[str, Any]:
+    """A `probe.json` with these gains, in standard errors."""
+    one = {"off": 0.1, "r2": 0.8, "neighbour_off": 0.12, "neighbour_near": 0.6}
+    gain = {"off": {"mean": 0.01 * probe, "error": 0.01}, "neighbour_off": {"mean": 0.01 * neighbour, "error": 0.01}}
+    return {
+        **{"single": 0, "slices": 75, "subjects": 8, "held_out": True, "gain": gain},
+        **{"pretrained": one, "random": {**one, "off": 0.2}, "guess": {**one, "off": 0.25}},
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("probe", "neighbour", "words"),
+    [
+        (3, 3, "(random weights 0.20, guessing 0.25)"),
+        (3, 3, ": pre-training has learnt where a slice lies."),
+        (3, 1, "only the probe is clearly better"),
+        (1, 3, "only the neighbour is clearly better"),
+        (1.9, 0, "neither is clearly better than with random weights"),
+        (-5, -5, "neither is clearly better than with random weights"),
+    ],
+)
+def test_what_pretraining_has_learnt_in_words(probe: float, neighbour: float, words: str) -> None:
+    assert words in verdict(found(probe, neighbour))
+
+
+def test_volumes_of_one_slice_are_said_to_be_left_out() -> None:
+    assert verdict(found(3, 3, single=2)).endswith("left out (2).")
+    assert verdict({"single": 2, "note": "Nothing to say."}).startswith("Nothing to say. Volumes of one slice")
+
+
+def test_a_pretraining_shows_what_it_has_learnt_if_it_was_probed(pretrained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(pretrained, folder)
+    page = report(folder).read_text(encoding="utf-8")
+    (section,) = probed(folder)
+    assert verdict(read_json(folder / "probe.json")) in page
+    assert section.pictures[0].uri in page
+    (folder / "probe.json").unlink()  # of an earlier version
+    assert section.title not in report(folder).read_text(encoding="utf-8")
+    write_json(folder / "probe.json", {"single": 4, "note": "Too few."})
+    assert "Too few. Volumes of one slice" in report(folder).read_text(encoding="utf-8")
+
+
+def test_the_probes_of_a_run_are_one_table_of_means_over_splits(tmp_path: Path) -> None:
+    assert all_probed(tmp_path) == []
+    for split, gain in enumerate((3, 1)):
+        write_json(tmp_path / f"pretrain/split-{split}/pcl/probe.json", found(gain, 0, slices=split))
+    write_json(tmp_path / "pretrain/split-0/gcl/probe.json", found(3, 0))
+    write_json(tmp_path / "pretrain/split-0/moco/probe.json", {"single": 4, "note": "Too few."})
+    (section,) = all_probed(tmp_path)
+    rows = section.tables[0].rows
+    assert [(row[0], row[1], row[-1]) for row in rows] == [
+        ("gcl", "0.10 / 0.20", "1 of 1"),
+        ("pcl", "0.10 / 0.20", "1 of 2"),
+    ]

@@ -61,8 +61,21 @@ rotation 7: [1.4172, 1.3997]
 inpainting 7: [0.22796, 0.11464]
 context-restoration 7: [0.22405, 0.1195]
 label-efficient 7: [2.3782, 2.4456, 6.3898, 6.3174]
+cps 6: [6.6349, 6.6297]
+cross-consistency 6: [7.0564, 6.7122]
+mc-net 6: [4.6089, 4.482]
+adversarial 6: [2.8719, 2.7997]
+mean-teacher 6: [2.2048, 3.4804]
+uncertainty-mean-teacher 6: [3.2563, 3.4186]
+ict 6: [2.9675, 2.7516]
+fixmatch 6: [2.843, 2.6475]
+unimatch 6: [1.2958, 1.297]
+bcp 6: [4.4621, 7.4144]
+mixup 6: [2.1978, 2.1963]
+self-training 6: [2.2358, 3.855]
 supervised 6: [2.183, 2.0316]
 supervised, Dice 6: [0.7481, 0.73567]
+task-augmentation 6: [6.2257, 2.1794]
 slices 1: [0.47789, 0.30595, 0.2481, 0.25129, 0.24504, 0.48849, 0.12252, 0.13412, 0.24799, 0.49215, 0.12399, 0.13603]
 slices, resampled 1: [-0.01611, 0.97569, 0.01738, 0.027606, 0.27728, 0.50696, 0.13864, 0.15769, 0.23846, 0.47957,
   0.11923, 0.1293]
@@ -167,9 +180,72 @@ swav 1: {max_iterations: 10000, optimizer: lars, learning_rate: 0.6, weight_deca
   {anisotropy: 0.33, crop: [0.37, 1.0], flip: [0.0, 0.5]}, intensity: {brightness: 0.4, contrast: 0.4, blur: 1.5,
   probability: 0.8}}, local_views: 0, local_size: 0.43, local_augmentation: {spatial: {anisotropy: 0.33, crop: [0.22,
   0.37], flip: [0.0, 0.5]}, intensity: {brightness: 0.4, contrast: 0.4, blur: 1.5, probability: 0.8}}}
+cps 1: {gradient_clip: 0.0, strategy: cps, network: {}, labels: 2, validation: 0, draw: 0, batch: 10, loss: dice+ce,
+  evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1, shift: 0.15, elastic:
+  2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}}, unlabelled_batch: 10, weight: 0.1,
+  ramp_up: 0.4, preset: default}
+cross-consistency 1: {gradient_clip: 0.0, strategy: cross-consistency, network: {}, labels: 2, validation: 0, draw: 0,
+  batch: 10, loss: dice+ce, evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy:
+  0.1, shift: 0.15, elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}},
+  unlabelled_batch: 10, weight: 1.0, ramp_up: 0.0, preset: default, decoders: [bilinear, transposed], predict: mean,
+  threshold: 0.0}
+mc-net 1: {gradient_clip: 0.0, strategy: mc-net, network: {}, labels: 2, validation: 0, draw: 0, batch: 10, loss:
+  dice+ce, evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1, shift: 0.15,
+  elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}}, unlabelled_batch: 10,
+  weight: 0.1, ramp_up: 0.4, preset: default, decoders: [bilinear, transposed], predict: mean, temperature: 0.1,
+  sharp_grad: true}
+adversarial 1: {gradient_clip: 0.0, strategy: adversarial, network: {}, labels: 2, validation: 0, draw: 0,
+  batch: 10, loss: dice+ce, evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy:
+  0.1, shift: 0.15, elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}}, preset:
+  default, unlabelled_batch: 10, weight: 0.1, ramp_up: 0.4, discriminator_rate: 0.0001, width: 64, dropout: 0.5}
+mean-teacher 1: {gradient_clip: 0.0, strategy: mean-teacher, network: {}, labels: 2, validation: 0, draw: 0, batch:
+  10, loss: dice+ce, evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1,
+  shift: 0.15, elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}},
+  unlabelled_batch: 10, weight: 0.1, ramp_up: 0.4, preset: default, start: 0.03333333333333333, momentum: 0.99,
+  statistics: copied, noise: 0.1, noise_limit: 0.2, predict: student}
+uncertainty-mean-teacher 1: {gradient_clip: 0.0, strategy: uncertainty-mean-teacher, network: {}, labels: 2,
+  validation: 0, draw: 0, batch: 10, loss: dice+ce, evaluate_every: 50, augmentation: {spatial: {rotation: 30.0,
+  scale: [0.8, 1.3], anisotropy: 0.1, shift: 0.15, elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma:
+  [0.7, 1.5], noise: 0.05}}, unlabelled_batch: 10, weight: 0.1, ramp_up: 0.4, preset: default, momentum: 0.99,
+  statistics: copied, noise: 0.1, noise_limit: 0.2, passes: 8, passes_at_once: 2, dropout: 0.1, classes: all, predict:
+  student}
+ict 1: {gradient_clip: 0.0, strategy: ict, network: {}, labels: 2, validation: 0, draw: 0, batch: 10, loss: dice+ce,
+  evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1, shift: 0.15,
+  elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}}, unlabelled_batch: 10,
+  weight: 0.1, ramp_up: 0.4, preset: default, alpha: 0.2, momentum: 0.99, statistics: copied, predict: student}
+fixmatch 1: {gradient_clip: 0.0, strategy: fixmatch, network: {}, labels: 2, validation: 0, draw: 0, batch: 10, loss:
+  dice+ce, evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1, shift:
+  0.15, elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}}, unlabelled_batch:
+  10, weight: 1.0, ramp_up: 0.0, preset: default, threshold: 0.95, weak: {spatial: {rotation: 20.0, scale: [0.9, 1.1],
+  shift: 0.05}, intensity: {brightness: 0.05, contrast: 0.1}}, strong: {brightness: 0.3, contrast: 0.5, gamma: [0.5,
+  2.0], blur: 2.0, probability: 0.8}, cutmix: 0.5}
+unimatch 1: {gradient_clip: 0.0, strategy: unimatch, network: {}, labels: 2, validation: 0, draw: 0, batch: 10, loss:
+  dice+ce, evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1, shift:
+  0.15, elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}}, unlabelled_batch:
+  10, weight: 1.0, ramp_up: 0.0, preset: default, threshold: 0.95, mu: 0.5, lambda_fp: 0.5, dropout: 0.5, weak:
+  {spatial: {rotation: 20.0, scale: [0.9, 1.1], shift: 0.05}, intensity: {brightness: 0.05, contrast: 0.1}}, strong:
+  {brightness: 0.3, contrast: 0.5, gamma: [0.5, 2.0], blur: 2.0, probability: 0.8}, cutmix: 0.5}
+bcp 1: {gradient_clip: 0.0, strategy: bcp, network: {}, labels: 2, validation: 0, draw: 0, batch: 10, loss: dice+ce,
+  evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1, shift: 0.15,
+  elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}}, unlabelled_batch: 10,
+  weight: 0.5, ramp_up: 0.0, preset: default, pretraining: 0.25, beta: 0.6666666666666666, place: random, largest:
+  true, momentum: 0.99, statistics: copied, predict: student}
+mixup 1: {gradient_clip: 0.0, strategy: mixup, network: {}, labels: 2, validation: 0, draw: 0, batch: 10, loss: dice+ce,
+  evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1, shift: 0.15,
+  elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}}, alpha: 0.1}
+self-training 1: {gradient_clip: 0.0, strategy: self-training, network: {}, labels: 2, validation: 0, draw: 0, batch:
+  10, loss: dice+ce, evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1,
+  shift: 0.15, elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}},
+  unlabelled_batch: 10, weight: 1.0, ramp_up: 0.0, rounds: 3, first: 0.4, retrain: reached, confidence: 0.0,
+  class_balanced: 0.0, masks: true}
 supervised 1: {strategy: supervised, network: {}, labels: 2, validation: 0, draw: 0, batch: 10, loss: dice+ce,
   evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1, shift: 0.15,
   elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}}}
+task-augmentation 1: {gradient_clip: 0.0, strategy: task-augmentation, network: {}, labels: 2, validation: 0, draw: 0,
+  batch: 10, loss: dice+ce, evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy:
+  0.1, shift: 0.15, elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}}, preset:
+  default, unlabelled_batch: 10, final: 0.5, alone: 0.04, lambda_dsc: 1.0, lambda_adv: 1.0, lambda_l1: 0.001, reach:
+  0.25, width: 16, mixup: 0.0}
 unet 1: {name: unet, widths: [16, 32, 64, 128, 128, 128]}
 pcl-unet 1: {name: pcl-unet, widths: [32, 64, 128, 256, 512], center_norm: false}
 attention-unet 1: {name: attention-unet, widths: [64, 128, 256, 512, 1024]}
@@ -194,6 +270,7 @@ GCL = {"method": "gcl", "volumes": 2, "hidden": 16, "outputs": 8, "local_batch":
 # What is next to 0 (biases before a batch norm) Adam moves as far as anything else, to where rounding says; the second
 # stage, where batch norms no longer take this away, would show it.
 SGD = {"optimizer": "sgd", "learning_rate": 0.01}
+HALVES = {"labels": 2, "batch": 4, "unlabelled_batch": 4, "weight": 1.0, "ramp_up": 0.0}
 TRAININGS: dict[str, dict[str, Any]] = {
     "pcl": PCL,
     "pcl, partitions": {**PCL, "labels": "partition", "head": "flat", "hidden": 16, "scale": "none"},
@@ -215,8 +292,21 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "inpainting": {"method": "inpainting", "batch": 6},
     "context-restoration": {"method": "context-restoration", "batch": 6},
     "label-efficient": {"method": "label-efficient", "batch": 6, "outputs": 8, "local_batch": 2, "hidden": 8, **SGD},
+    "cps": {"strategy": "cps", **HALVES, **SGD},
+    "cross-consistency": {"strategy": "cross-consistency", **HALVES, **SGD},
+    "mc-net": {"strategy": "mc-net", **HALVES, **SGD},
+    "adversarial": {"strategy": "adversarial", "batch": 6, "unlabelled_batch": 4, "width": 4, "dropout": 0.0},
+    "mean-teacher": {"strategy": "mean-teacher", **HALVES, **SGD, "weight": 30},
+    "uncertainty-mean-teacher": {"strategy": "uncertainty-mean-teacher", **HALVES, **SGD, "weight": 30, "passes": 3},
+    "ict": {"strategy": "ict", **HALVES, **SGD, "weight": 30},
+    "fixmatch": {"strategy": "fixmatch", **HALVES, **SGD, "threshold": 0.5},
+    "unimatch": {"strategy": "unimatch", **HALVES, **SGD, "threshold": 0.5},
+    "bcp": {"strategy": "bcp", **HALVES, **SGD, "pretraining": 0.34},
+    "mixup": {"strategy": "mixup", "labels": 2, "batch": 6, "alpha": 1.0, **SGD},
+    "self-training": {"strategy": "self-training", **HALVES, **SGD},
     "supervised": {"strategy": "supervised", "labels": 2, "batch": 6},
     "supervised, Dice": {**SGD, "learning_rate": 0.1, "strategy": "supervised", "labels": "all", "loss": "dice"},
+    "task-augmentation": {**SGD, "strategy": "task-augmentation", "batch": 6, "unlabelled_batch": 4, "width": 2},
 }
 SPLIT = Split(0, ("case0", "case1", "case2", "case3"), ("case4",), ("case5",))
 

@@ -77,7 +77,7 @@ def test_a_worse_look_at_validation_changes_nothing(store: Store, finetuned: Pat
     network, header = load_network(finetuned / "model.safetensors")
     validation = Validation(store, ("case2",), tmp_path / "best.safetensors", header, torch.device("cpu"))
     strategy = torch.nn.Module()
-    strategy.network = network
+    strategy.predictor = network
     good = validation(strategy)["validation_dice"]
     kept = (tmp_path / "best.safetensors").read_bytes()
     network.get_parameter("head.2.weight").data.neg_()

@@ -1,7 +1,9 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from strategy_checks import StrategyChecks
 from torch import Tensor
 
 from glocal.data.sampling import Pool
@@ -9,6 +11,11 @@ from glocal.data.store import Store
 from glocal.finetuning.losses import segmentation_loss
 from glocal.finetuning.registry import finetuning_options, strategy_named
 from glocal.networks.registry import build
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": "dice"}])
+class TestSupervised(StrategyChecks):
+    strategy = "supervised"
 
 
 def example(classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -72,8 +79,8 @@ def test_losses_are_lowest_for_the_truth_and_have_gradients(name: Any) -> None:
 def strategy(store: Store, cheap: dict[str, Any], **settings: Any) -> Any:
     options = finetuning_options({**cheap, "labels": 1, "batch": 4, **settings})
     torch.manual_seed(0)
-    pool = Pool(store, ["case1"])
-    return strategy_named("supervised").make(build(options.network, 1, 3), pool, Pool(store, ["case3"]), options)
+    pools = Pool(store, ["case1"]), Pool(store, ["case3"])
+    return strategy_named("supervised").make(lambda k: build(options.network, 1, 3), *pools, options, Path())
 
 
 @pytest.mark.parametrize("loss", ["dice", "dice+ce"])
@@ -95,7 +102,7 @@ def test_all_parts_are_trained_whatever_was_frozen_before(store: Store, cheap: d
     options = finetuning_options({**cheap, "labels": 1})
     network = build(options.network, 1, 3).requires_grad_(False)
     pool = Pool(store, ["case1"])
-    supervised = strategy_named("supervised").make(network, pool, pool, options).train()
+    supervised = strategy_named("supervised").make(lambda k: network, pool, pool, options, Path()).train()
     supervised(0)["loss"].backward()
     assert all(p.grad is not None for p in supervised.parameters())
     assert all(p.grad.abs().max() > 0 for p in supervised.parameters() if p.ndim > 1 and p.grad is not None)

@@ -8,7 +8,7 @@ from torch import Tensor
 from glocal.data.store import Store
 from glocal.pretraining.base import Stage
 from glocal.pretraining.byol import prediction_error
-from glocal.pretraining.teacher import rising
+from glocal.teacher import rising
 
 
 @pytest.mark.parametrize("options", [{"batch": 8, "hidden": 32, "outputs": 16}])

@@ -12,7 +12,7 @@ from glocal.data.split import Split
 from glocal.data.store import Store
 from glocal.networks.registry import build
 from glocal.pretraining.base import COLLAPSED, Stage
-from glocal.pretraining.dino import Encoder, Head
+from glocal.pretraining.dino import SAME, Encoder, Head
 from glocal.pretraining.pretrain import pretrain
 from glocal.pretraining.registry import pretraining_options
 from glocal.runs import manifest_of
@@ -85,9 +85,11 @@ def softmax(values: list[float]) -> list[float]:
     return [math.exp(value) / total for value in values]
 
 
-def stage_of(store: Store, cheap: dict[str, Any], cases: tuple[str, ...] = ALL, **options: Any) -> Stage:
+def stage_of(
+    store: Store, cheap: dict[str, Any], cases: tuple[str, ...] = ALL, weights: int = 0, **options: Any
+) -> Stage:
     settings: Any = pretraining_options({**cheap, **SMALL, "method": "dino", "max_iterations": 10, **options})
-    torch.manual_seed(0)
+    torch.manual_seed(weights)
     return Encoder(build(settings.network, 1, 3), Pool(store, cases), settings).train()
 
 
@@ -131,13 +133,12 @@ def test_the_last_layer_is_frozen_at_first(store: Store, cheap: dict[str, Any], 
 
 def test_a_run_that_was_stopped_continues_exactly(store: Store, cheap: dict[str, Any]) -> None:
     for cut in (1, 3):
-        whole, first, second = (stage_of(store, cheap, frozen=2, local_views=1, momentum=0.5) for _ in range(3))
+        options = {"frozen": 2, "local_views": 1, "momentum": 0.5}
+        whole, first = (stage_of(store, cheap, **options) for _ in range(2))
+        second = stage_of(store, cheap, weights=1, **options)  # it must not matter what it began with
         optimizers = [adam(stage) for stage in (whole, first, second)]
         steps(whole, optimizers[0], 0, 5)
         steps(first, optimizers[1], 0, cut)
-        with torch.no_grad():
-            for value in second.parameters():
-                value.zero_()  # it must not matter what it began with
         second.load_state_dict(first.state_dict())
         optimizers[2].load_state_dict(optimizers[1].state_dict())
         steps(second, optimizers[2], cut, 5)
@@ -189,6 +190,9 @@ def test_the_head_is_the_paper_s(norm: bool) -> None:
     assert [layer.weight.shape for layer in layers[::2]] == [(7, 5), (7, 7), (3, 7)]
     assert [isinstance(head[place], nn.BatchNorm1d) for place in (2, 5)] == [norm, norm]
     assert head(torch.rand(4, 5, 1, 1)).shape == (4, 3)
+    for layer in [layer for layer in Head(60, 60, 60, norm) if isinstance(layer, nn.Linear)]:
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.1)
+        assert not layer.bias.any()
 
 
 def test_it_computes_in_full_precision_where_it_matters(store: Store, cheap: dict[str, Any]) -> None:
@@ -225,3 +229,22 @@ def test_collapse_is_said(store: Store, cheap: dict[str, Any]) -> None:
         stage.head[-1].bias.fill_(1.0)
     stage.losses(0)
     assert stage.warning() == COLLAPSED
+
+
+def test_one_answer_for_all_is_said_at_the_end(store: Store, cheap: dict[str, Any]) -> None:
+    stage = stage_of(store, cheap, frozen=0, momentum=1.0)
+    with torch.no_grad():
+        last = stage.teacher[2]
+        last.weight.copy_(last.weight[:1].expand(24, -1))  # the student's embeddings have not collapsed
+    for step, said in ((8, None), (9, SAME)):
+        stage.losses(step)
+        assert stage.warning() == said
+
+
+def test_the_preset_of_the_paper() -> None:
+    adopted, paper = (pretraining_options({"method": "dino", "preset": name}) for name in ("adopted", "paper"))
+    promised = {"batch", "learning_rate", "warmup_iterations", "frozen", "outputs", "local_views", "augmentation"}
+    assert {name for name, value in adopted if value != getattr(paper, name)} == promised | {"preset"}
+    assert paper.learning_rate == 5e-4 * paper.batch / 256
+    assert paper.augmentation.spatial.crop == (0.63, 1.0)
+    assert paper.augmentation.intensity == adopted.augmentation.intensity

@@ -12,11 +12,12 @@ from glocal.data.sampling import Pool, Slices
 from glocal.data.split import Split
 from glocal.data.store import Store
 from glocal.errors import GlocalError
-from glocal.networks.heads import GlobalHead
-from glocal.pretraining import gcl
+from glocal.networks.heads import DenseHead, GlobalHead
+from glocal.pretraining import base, gcl
 from glocal.pretraining.base import COLLAPSED, Stage
-from glocal.pretraining.gcl import Global, Local
+from glocal.pretraining.gcl import Global, Joint, Local
 from glocal.pretraining.pretrain import pretrain
+from glocal.randomness import generator
 from glocal.runs import manifest_of
 
 WIDTHS = {"hidden": 32, "outputs": 16, "batch": 6, "volumes": 3, "local_batch": 4, "blocks": 1}
@@ -32,6 +33,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "G^R + L^D": {"strategy": "random", "local": "D", "projection": False},
     "G^D- + L^D": {"strategy": "D-", "local": "D", "kernel": 1, "negatives": "all"},
     "G^D + L^D": {"strategy": "D", "local": "D", "blocks": 2},
+    "G^D + L^R at once": {"stages": 1, "lambda2": 10},
+    "G^R + L^D at once": {"stages": 1, "strategy": "random", "local": "D", "projection": False},
 }
 
 
@@ -167,6 +170,84 @@ def test_the_second_stage_builds_on_the_first(mode: str, store: Store, tmp_path:
     assert weights.keys() == load_file(tmp_path / "stage-2-local" / "model.safetensors").keys()
 
 
+def joint(store: Store, cheap: dict[str, Any], **options: Any) -> Any:
+    """The only stage of a training with both losses."""
+    (stage,) = TestGCL().stages({**cheap, **WIDTHS, "method": "gcl", "stages": 1, **options}, store)
+    return stage
+
+
+def test_the_losses_of_one_stage_are_those_of_the_two(
+    store: Store, cheap: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = joint(store, cheap, lambda2=7.0)
+    assert isinstance(both, Joint)
+    assert (both.trained, both.frozen) == (("encoder", "decoder.0"), ())
+    # Of the same slices and views as in a stage of its own, and of a batch norm that sees them.
+    for module in (gcl, base):
+        monkeypatch.setattr(module, "generator", lambda *keys: generator(*(key for key in keys if key != "joint")))
+    two = TestGCL().stages({**cheap, **WIDTHS, "method": "gcl", "frozen_batch_norm": "train"}, store)
+    weights = both.state_dict()
+    alone = []
+    for stage in two:
+        stage.load_state_dict({name: weights[name] for name in stage.state_dict()})
+        alone.append(stage.losses(3)["loss"])
+    found = both.losses(3)
+    assert found.keys() == {"loss", "L_g", "L_l"}
+    torch.testing.assert_close([found["L_g"], found["L_l"]], alone)
+    torch.testing.assert_close(found["loss"], alone[0] + 7 * alone[1])
+    assert not torch.isclose(*alone)
+
+
+def test_the_two_losses_of_one_stage_see_slices_and_views_of_their_own(
+    store: Store, cheap: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = joint(store, cheap, strategy="random", local_batch=6, augmentation={"intensity": {"brightness": 0.5}})
+    drawn: list[Slices] = []
+    entered: list[Tensor] = []
+    uniform = Pool.uniform
+    monkeypatch.setattr(Pool, "uniform", lambda *words: drawn.append(uniform(*words)) or drawn[-1])
+    stage.network.encoder.register_forward_hook(lambda *call: entered.append(call[1][0]))
+    stage.losses(0)
+    assert len(drawn) == 2
+    assert not drawn[0].index.equal(drawn[1].index)
+    shown = torch.cat([store.images(slices.index).repeat(2, 1, 1, 1) for slices in drawn])
+    brightness = (torch.cat(entered) - shown).mean((1, 2, 3))
+    assert len(brightness) == 24  # either loss has two views of six slices
+    assert torch.pdist(brightness[:, None]).min() > 1e-5
+
+
+def test_in_one_stage_either_loss_trains_the_encoder(store: Store, cheap: dict[str, Any]) -> None:
+    stage, gradients = joint(store, cheap), []
+    for name in ("L_g", "L_l"):
+        stage.zero_grad()
+        stage.losses(0)[name].backward()
+        gradients.append(stage.network.encoder[0][0].conv.weight.grad.clone())
+        decoder = stage.network.decoder[0].join[0].conv.weight.grad
+        assert (decoder is not None and bool(decoder.any())) == (name == "L_l")
+    assert all(gradient.any() for gradient in gradients)
+    assert not torch.allclose(*gradients)
+
+
+@pytest.mark.parametrize("collapsed", ["GlobalHead", "DenseHead"])
+def test_in_one_stage_either_head_may_collapse(
+    collapsed: str, store: Store, cheap: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = joint(store, cheap)
+    stage.losses(0)
+    assert stage.warning() is None
+    monkeypatch.setattr(gcl, collapsed, {"GlobalHead": Constant, "DenseHead": ConstantMaps}[collapsed])
+    stage = joint(store, cheap)
+    stage.losses(0)
+    assert stage.warning() == COLLAPSED
+
+
+class ConstantMaps(DenseHead):
+    """A head that has collapsed: one vector for every place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0 * super().forward(x) + 1
+
+
 class Constant(GlobalHead):
     """A head that has collapsed: one vector for every image."""
 
@@ -204,6 +285,9 @@ def test_what_the_first_stage_warned_of_is_kept_when_the_second_is_stopped(
         ({"blocks": 3}, ALL, "has 2 decoder blocks, 3 were asked for"),
         ({"network": {"widths": [4, 8, 8, 8, 8]}}, ALL, "feature map of 4 x 4"),
         ({"views": 0}, ALL, "pretrain.views=0 does not fit"),
+        ({"stages": 1, "partitions": 1}, ALL, "needs two partitions or more"),
+        ({"stages": 1, "blocks": 3}, ALL, "has 2 decoder blocks, 3 were asked for"),
+        ({"stages": 1, "local": "none"}, ALL, "stages=1 trains with both losses at once, and local=none leaves one"),
     ],
 )
 def test_what_cannot_be_learnt_is_refused_before_anything_is_written(

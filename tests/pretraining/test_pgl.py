@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from glocal.data.store import Store
 from glocal.pretraining.base import COLLAPSED, Stage
 from glocal.pretraining.pgl import Encoder, consistency
-from glocal.pretraining.teacher import rising
 from glocal.randomness import generator
+from glocal.teacher import rising
 from glocal.views.correspondence import overlap_grid
 from glocal.views.spatial import Spatial, SpatialOptions, draw_spatial
 from glocal.views.view import ViewOptions, draw_view

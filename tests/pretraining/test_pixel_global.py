@@ -17,18 +17,16 @@ from glocal.errors import GlocalError
 from glocal.pretraining import pixel_global
 from glocal.pretraining.base import COLLAPSED, Stage
 from glocal.pretraining.pixel_global import (
-    Dropout,
     Options,
     PixelGlobal,
     another,
     cross_entropy,
-    entropy,
     local_terms,
-    mean_uncertainty,
     uncertainty_maps,
 )
 from glocal.pretraining.pretrain import pretrain
-from glocal.pretraining.teacher import rising
+from glocal.teacher import rising
+from glocal.uncertainty import entropy
 from glocal.views.view import View
 
 WIDTHS = {"outputs": 16, "pixel_outputs": 8, "batch": 6, "passes": 3, "passes_at_once": 2}
@@ -114,17 +112,6 @@ def test_cross_entropy_is_exact_enough_and_finite_in_any_precision(dtype: torch.
     assert half.grad.isfinite().all()
 
 
-def test_entropy_lies_between_certainty_and_knowing_nothing() -> None:
-    certain, nothing = torch.zeros(4, 1, 1), torch.full((4, 1, 1), 0.25)
-    certain[2] = 1
-    assert entropy(torch.stack([certain, nothing])).flatten().tolist() == pytest.approx([0, 1])
-    predictions = random(2, 3, 7, 2, 2).softmax(2)
-    found = entropy(predictions)
-    assert found.shape == (2, 3, 2, 2)
-    expected = -sum(p * math.log(p) for p in predictions[1, 2, :, 0, 1].tolist()) / math.log(7)
-    assert float(found[1, 2, 0, 1]) == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("with_context", [False, True])
 @pytest.mark.parametrize("with_uncertainty", [False, True])
 def test_local_terms_against_a_loop(with_context: bool, with_uncertainty: bool) -> None:
@@ -149,53 +136,6 @@ def test_an_unmatched_pixel_cannot_spoil_the_loss() -> None:
     entropies = torch.tensor([[[1.0, math.inf]]]).requires_grad_()
     terms = local_terms(entropies, torch.tensor([[[True, False]]]))
     assert terms.tolist() == [[[1.0, 0.0]]]
-
-
-@pytest.mark.parametrize("at_once", [1, 2, 5, 9])
-def test_uncertainty_against_a_loop_whatever_goes_at_once(at_once: int) -> None:
-    predictions = random(5, 2, 4, 3, 3).mul(3).softmax(2)
-    asked: list[int] = []
-
-    def predict(count: int) -> Tensor:
-        asked.append(count)
-        return predictions[sum(asked) - count : sum(asked)]
-
-    found = mean_uncertainty(predict, 5, at_once, "mean")
-    assert sum(asked) == 5
-    assert max(asked) == min(at_once, 5)
-    asked.clear()
-    each = mean_uncertainty(predict, 5, at_once, "passes")
-    for b in range(2):
-        for y in range(3):
-            for x in range(3):
-                mean = [sum(float(predictions[k, b, c, y, x]) for k in range(5)) / 5 for c in range(4)]
-                assert float(found[b, y, x]) == pytest.approx(-sum(p * math.log(p) for p in mean) / math.log(4))
-                single = [
-                    -sum(p * math.log(p) for p in predictions[k, b, :, y, x].tolist()) / math.log(4) for k in range(5)
-                ]
-                assert float(each[b, y, x]) == pytest.approx(sum(single) / 5)
-    assert (found > each).all()  # what the passes disagree about comes on top
-    assert (found <= 1).all()
-
-
-def test_dropout_drops_and_keeps_the_mean() -> None:
-    taps = [torch.ones(4, 3, 16, 16), 2 * torch.ones(4, 5, 8, 8).to(memory_format=torch.channels_last)]
-    thin = Dropout(0.1, 4, seeded())(taps, 6)
-    assert [tuple(tap.shape) for tap in thin] == [(24, 3, 16, 16), (24, 5, 8, 8)]
-    for tap, whole in zip(thin, (1.0, 2.0), strict=True):
-        assert tap.unique().tolist() == pytest.approx([0, whole / 0.9])
-        assert float((tap == 0).float().mean()) == pytest.approx(0.1, abs=0.01)
-        versions = tap.unflatten(0, (6, 4))
-        assert not any(versions[0].equal(other) for other in versions[1:])
-        assert not any(versions[0, 0].equal(other) for other in versions[0, 1:])
-    again = Dropout(0.1, 4, seeded())(taps, 6)
-    assert all(tap.equal(other) for tap, other in zip(thin, again, strict=True))
-
-
-def test_dropout_repeats_the_batch_version_after_version() -> None:
-    tap = torch.arange(1.0, 5).view(4, 1, 1, 1).expand(4, 2, 8, 8)
-    (thin,) = Dropout(0.5, 4, seeded())([tap], 2)
-    assert thin.flatten(1).amax(1).tolist() == [2, 4, 6, 8] * 2
 
 
 def test_another_is_any_other() -> None:

@@ -70,7 +70,7 @@ class TestSimTriplet(MethodChecks):
 
     def test_the_predictor_learns_at_a_steady_rate(self, settings: dict[str, Any], store: Store) -> None:
         (stage,) = self.stages(settings, store)
-        assert stage.steady == ("predictor",)
+        assert stage.steady == {"predictor": stage.options.learning_rate}
         assert stage.get_submodule(*stage.steady) is stage.predictor
         assert all(p.requires_grad for part in (stage.head, stage.predictor) for p in part.parameters())
 

@@ -16,9 +16,11 @@ from glocal.reporting.figures import (
     overlay_row,
     paired_differences,
 )
+from glocal.reporting.rows import slice_rows
 
 CLASSES = {"background": 0, "cavity": 1, "wall": 2}
 IMAGE = np.linspace(0, 50, 40 * 60).reshape(40, 60)
+SLICES = np.broadcast_to(IMAGE, (3, 40, 60))
 TRUTH, PREDICTION = np.zeros((2, 40, 60), np.int16)
 TRUTH[10:25, 20:40] = 1
 PREDICTION[0:30, 25:45] = 2
@@ -46,6 +48,8 @@ FIGURES: list[Callable[[], bytes]] = [
     lambda: paired_differences(PAIRS),
     lambda: overlay(IMAGE, TRUTH, PREDICTION, CLASSES, "case a"),
     lambda: overlay_row(IMAGE, TRUTH, PREDICTION, CLASSES, "case a"),
+    lambda: slice_rows([(name, SLICES, None) for name in ("asked", "found")], np.full((2, 3), 0.5)),
+    lambda: slice_rows([("real", SLICES, SLICES.astype(int) // 20), ("moved", SLICES[:1], None)], None, CLASSES),
 ]
 
 
@@ -136,6 +140,15 @@ def test_masks_are_shown_close_and_whole() -> None:
 def test_rows_leave_out_what_is_not_there() -> None:
     three, two = (pixels(overlay_row(IMAGE, truth, PREDICTION, CLASSES, "t")).shape for truth in (TRUTH, None))
     assert three[1] == pytest.approx(1.5 * two[1], abs=2)
+
+
+def test_rows_of_neighbours_grow_with_their_slices() -> None:
+    one, wide, high = (
+        pixels(slice_rows([("name", np.broadcast_to(IMAGE, (columns, 40, 60)), None)] * rows, np.ones((rows, columns))))
+        for rows, columns in ((1, 2), (1, 4), (3, 2))
+    )
+    assert wide.shape[:2] == pytest.approx((one.shape[0], 2 * one.shape[1]), abs=2)
+    assert high.shape[:2] == pytest.approx((3 * one.shape[0], one.shape[1]), abs=2)
 
 
 def test_inputs_stay_and_flat_images_work() -> None:

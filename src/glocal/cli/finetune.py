@@ -17,11 +17,14 @@ def finetune(
     pretrained: Annotated[
         Path | None, typer.Option("--from", help="A pre-training run or model file; default: random weights.")
     ] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="How to learn from few labels, see `glocal methods`; default: supervised.")
+    ] = None,
 ) -> None:
     """Fine-tune on a few labelled volumes; test cases, where there are any, are predicted and measured."""
     from glocal.experiments.steps import finetune_with
 
-    model = finetune_with(store, run, labels, pretrained, words or [])
+    model = finetune_with(store, run, labels, pretrained, words or [], strategy)
     if (run / "transfer.json").exists():
         from glocal.files import read_json
         from glocal.model import Transfer

@@ -1,6 +1,6 @@
 """One volume to slices for the network, and the network's probabilities back to the volume."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -96,20 +96,27 @@ def prepare_labels(labels: Volume, undo: Undo, plan: Plan) -> Tensor:
     return torch.cat([undo.labels_to_network(torch.from_numpy(chunk[:, 0])) for chunk in _chunks(slices, np.uint8)])
 
 
-def restore(parts: Iterable[Tensor], undo: Undo, kept: NDArray[Any] | None = None) -> NDArray[np.uint8]:
+def restore(
+    parts: Iterable[Tensor], undo: Undo, watch: Callable[[slice, Tensor], None] | None = None
+) -> NDArray[np.uint8]:
     """The native mask `(z, y, x)` of successive slices' probabilities `(m, K, H, W)`; outside the field all is class 0.
 
     Linear interpolation of probabilities, so that the arg max is taken at native resolution (METHODS of Chaitanya et
-    al. 2020). Part by part: the native probabilities of a whole volume would be its largest array by far; where they
-    are wanted, they are written into `kept`, `(K, z, y, x)`.
+    al. 2020). Part by part: the native probabilities of a whole volume would be its largest array by far.
+
+    Args:
+        parts: on any device.
+        undo: the way back.
+        watch: is shown each part's native probabilities `(m, K, rows, columns)` and which slices of `undo.oriented`
+            arrays they are.
     """
     mask = np.empty([undo.shape[undo.order.index(axis)] for axis in range(3)], dtype=np.uint8)
     slices, start = undo.oriented(mask[None])[:, 0], 0
     for part in parts:
         native, place = undo.to_native(part.float()).cpu(), slice(start, start := start + len(part))
         slices[place] = native.max(1).indices.numpy()  # argmax would be the same, slower
-        if kept is not None:
-            undo.oriented(kept)[place] = native.numpy()
+        if watch is not None:
+            watch(place, native)
     return mask
 
 

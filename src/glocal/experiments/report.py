@@ -9,7 +9,18 @@ import pandas as pd
 from glocal import runs
 from glocal.data.store import Store
 from glocal.errors import GlocalError
-from glocal.experiments.sections import best_and_worst, closing, count, curve, curves_together, masks, measured, weights
+from glocal.experiments.probed import all_probed, probed
+from glocal.experiments.sections import (
+    best_and_worst,
+    closing,
+    count,
+    curve,
+    curves_together,
+    examples,
+    masks,
+    measured,
+    weights,
+)
 from glocal.experiments.tables import HEADINGS, budget_size, caption, collect_results, paired, read_table, scores
 from glocal.files import read_json
 from glocal.model import read_header
@@ -49,7 +60,7 @@ def _of_pretraining(run: Path) -> Report:
     curves = Section(
         "Learning curves", pictures=[curve(log.parent, "loss") for log in sorted(run.glob("stage-*/metrics.jsonl"))]
     )
-    sections = [curves, *weights(run.glob("stage-*/transfer.json")), *closing(run)]
+    sections = [*probed(run), curves, *weights(run.glob("stage-*/transfer.json")), *closing(run)]
     return Report(
         f"Pre-training: {settings['method']}", lead, figures, _warnings(manifest), sections, _footer(manifest)
     )
@@ -83,7 +94,7 @@ def _of_finetuning(run: Path) -> Report:
         sections = [*measured(last), *best_and_worst(run, last), *sections]
     else:
         warnings.append(NO_TEST)
-    sections += [*weights([run / "transfer.json"]), *closing(run)]
+    sections += [*examples(run, model.labels), *weights([run / "transfer.json"]), *closing(run)]
     return Report("Fine-tuning", lead, figures, warnings, sections, _footer(manifest))
 
 
@@ -110,6 +121,7 @@ def _of_run(run: Path) -> Report:
             section.text = f"{shown} {section.text}" if section.tables or section.pictures else section.text
             sections.append(section)
     sections += masks(run, store)
+    sections += all_probed(run)
     curves = [curve(log.parent, "loss") for log in sorted(run.glob("pretrain/split-0/*/stage-*/metrics.jsonl"))]
     curves.append(curves_together(trainings[:12]))
     sections.append(Section("Learning curves", pictures=curves, collapsed=not results.empty))

@@ -1,6 +1,6 @@
 """The sections of a report: tables, pictures and curves made from what a run left behind."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from glocal.evaluation.metrics import EMPTY_POLICY
 from glocal.files import read_json
 from glocal.reporting.figures import class_boxes, learning_curves, overlay_row
 from glocal.reporting.html import Picture, Section, Table
+from glocal.reporting.rows import slice_rows
 
 METRIC_NAMES = {
     "dice": "Dice",
@@ -90,6 +91,19 @@ def best_and_worst(run: Path, frame: pd.DataFrame) -> list[Section]:
         for name, case in picks.items()
     ]
     return [Section("Best, median and worst case", pictures=pictures)]
+
+
+def examples(run: Path, class_names: Mapping[str, int]) -> list[Section]:
+    """The pictures that a strategy kept of its training: pseudo-labels, generated images; most keep none."""
+    if not (run / "examples.npz").exists():
+        return []
+    with np.load(run / "examples.npz") as file:
+        titles = dict.fromkeys(key.rpartition("/")[0] for key in file)
+        rows = [(title, file[f"{title}/images"], file.get(f"{title}/labels")) for title in titles]
+    picture = Picture(
+        "Slices with the labels they were trained with", slice_rows(rows, None, class_names), "png", wide=True
+    )
+    return [Section("What the strategy made", pictures=[picture])]
 
 
 def _store_of(run: Path) -> Path | None:

@@ -54,14 +54,20 @@ def pretrain_with(store: Path, run: Path, method: str, words: Sequence[str], lab
     return pretrain(store, run, {"method": method, **settings}, protocol)
 
 
-def finetune_with(store: Path, run: Path, labels: str, pretrained: Path | None, words: Sequence[str]) -> Path:
+def finetune_with(
+    store: Path, run: Path, labels: str, pretrained: Path | None, words: Sequence[str], strategy: str | None = None
+) -> Path:
     """Fine-tune on `labels` (`2`, `all`, cases) with `key=value` words; those of `protocol` say how cases are split."""
     from glocal.finetuning.finetune import finetune
 
     settings = parse_words(words)
     _refuse_twice(settings, "labels")
+    settings["labels"] = parse_labels(labels)
+    if strategy is not None:
+        _refuse_twice(settings, "strategy")
+        settings["strategy"] = strategy
     protocol = validated(ProtocolOptions, settings.pop("protocol", {}), "protocol")
-    return finetune(store, run, {**settings, "labels": parse_labels(labels)}, pretrained, protocol)
+    return finetune(store, run, settings, pretrained, protocol)
 
 
 def _refuse_twice(settings: Mapping[str, Any], key: str) -> None:

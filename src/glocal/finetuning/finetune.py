@@ -1,7 +1,7 @@
 """Fine-tune a network on a few labelled volumes, keep the last and the best-validation weights, and measure them."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,9 @@ from glocal.distributed import first_decides, rank
 from glocal.engine import train
 from glocal.errors import GlocalError
 from glocal.evaluation import metrics
-from glocal.files import digest, write_json
-from glocal.finetuning.base import FinetuningOptions
-from glocal.finetuning.measure import Validation, measure, measured_cases
+from glocal.files import digest, replacing, write_json
+from glocal.finetuning.base import FinetuningOptions, Strategy
+from glocal.finetuning.measure import Validation, calibrate, measure, measured_cases
 from glocal.finetuning.registry import finetuning_options, strategy_named
 from glocal.model import Header, Transfer, find_model, read_header, save_model, transfer
 from glocal.networks.base import SegmentationNetwork
@@ -41,6 +41,10 @@ from glocal.randomness import seed_of
 from glocal.views import view
 
 TRANSDUCTIVE = "Transductive: the images of test subjects, not their labels, were part of the pre-training."
+NOTHING_UNLABELLED = (
+    "No volume was left without labels: what the strategy learns from unlabelled slices it learnt from the labelled "
+    "ones, without their labels."
+)
 
 
 def finetune(
@@ -74,7 +78,7 @@ def finetune(
     split = split or _split_of(source, store, protocol, options.seed)
     draw = draw_of(store.volumes, split, options, protocol)
     joined(options.device)
-    header, network, report = _start(store, options, source, split, draw)
+    header, begin, report = _start(store, options, source, split, draw)
     facts = facts_of_run(store, options, split, protocol) | {"pretrained": _before(source)}
     with ExitStack() as stack:
         if not first_decides(lambda: begin_on_split(stack, run, "finetune", facts, options, split, draw)):
@@ -86,7 +90,7 @@ def finetune(
                 read_dataset(
                     store.dataset
                 )  # where their label maps are: a moved one is said before training, not after
-            warnings = _train(store, run, options, split, draw, header, network)
+            warnings = _train(store, run, options, split, draw, header, begin)
             if rank() == 0:  # the first process measures alone
                 transductive = bool((header.provenance["pretraining"] or {}).get("transductive"))
                 if cases:
@@ -110,22 +114,53 @@ def _train(
     split: Split,
     draw: Draw,
     header: Header,
-    network: SegmentationNetwork,
+    begin: Callable[[int], SegmentationNetwork],
 ) -> list[str]:
     """Train and keep the last weights, and with validation volumes the best; warnings in plain words."""
-    device = joined(options.device)
-    if options.compile:
-        network.compile_parts()
+    device, entry = joined(options.device), strategy_named(options.strategy)
     store.to(device)
-    labelled, unlabelled = Pool(store, draw.train), Pool(store, split.pretrain)
+    labelled, unlabelled = Pool(store, draw.train), Pool(store, unlabelled_of(store.volumes, split, draw))
     # Another draw is also another choice of batches and views, so that draws of `all` labels tell chance from effect.
     seeded = options.model_copy(update={"seed": seed_of(options.seed, "training", options.draw)})
-    strategy = strategy_named(options.strategy).make(network, labelled, unlabelled, seeded)
+    strategy = entry.make(begin, labelled, unlabelled, seeded, run)
+    if options.compile:
+        strategy.network.compile_parts()
     validate = Validation(store, draw.validation, run / "best.safetensors", header, device) if draw.validation else None
     warnings = train(strategy, seeded, run, run.name, validate, options.evaluate_every)
     if rank() == 0:
-        save_model(run / "model.safetensors", strategy.network.state_dict(), header)
+        save_model(run / "model.safetensors", strategy.predictor.state_dict(), header)
+        if draw.validation:
+            calibrate(store, run, draw.validation, device)
+        _keep_examples(run / "examples.npz", strategy)
+    if entry.uses_unlabelled and set(unlabelled.volumes.tolist()) <= set(labelled.volumes.tolist()):
+        warnings = [NOTHING_UNLABELLED, *warnings]
     return warnings
+
+
+def unlabelled_of(members: Sequence[Member], split: Split, draw: Draw) -> tuple[str, ...]:
+    """The cases of the pre-training pool whose labels a fine-tuning does not have; without any, its labelled ones.
+
+    Those of validation subjects are never among them, although they are in the pool.
+    """
+    subject = {member.case: member.subject for member in members}
+    aside = {subject[case] for case in draw.validation}
+    others = [case for case in split.pretrain if case not in draw.train and subject[case] not in aside]
+    return tuple(others) or draw.train
+
+
+def _keep_examples(path: Path, strategy: Strategy) -> None:
+    """The strategy's pictures for the report, as arrays: drawn there, so that they look like all others."""
+    import numpy as np
+
+    arrays = {
+        f"{title}/{kind}": values.cpu().numpy()
+        for title, (images, labels) in strategy.examples().items()
+        for kind, values in (("images", images), ("labels", labels))
+        if values is not None
+    }
+    if arrays:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # its stubs forbid names in general
 
 
 def _split_of(source: Path | None, store: Store, protocol: ProtocolOptions, seed: int) -> Split:
@@ -200,14 +235,21 @@ def _refuse_other_labels(source: Path, before: Header, store: Store, draw: Draw)
 
 def _start(
     store: Store, options: FinetuningOptions, source: Path | None, split: Split, draw: Draw
-) -> tuple[Header, SegmentationNetwork, Transfer | None]:
-    """The model's header and the network, with pre-trained weights where there are any; refuses leakage."""
+) -> tuple[Header, Callable[[int], SegmentationNetwork], Transfer | None]:
+    """The model's header and what begins a network, pre-trained where `source` is given; refuses leakage."""
     subject = {volume.case: volume.subject for volume in store.volumes}
     labelled = sorted({subject[case] for case in draw.train + draw.validation})
     refuse_leakage(store.volumes, split, labelled, "would be fine-tuned on", transductive=False)
     before = None if source is None else read_header(source)
-    torch.manual_seed(seed_of(options.seed, "weights", options.draw))
-    network = build(before.network if before else options.network, store.plan.channels, len(store.labels))
+    own = strategy_named(options.strategy).network(options, before.network if before else options.network)
+
+    def begin(number: int) -> SegmentationNetwork:
+        torch.manual_seed(seed_of(options.seed, "weights", options.draw, *[number] * (number > 0)))
+        network = build(own, store.plan.channels, len(store.labels))
+        if source is not None:
+            transfer(network, source)
+        return network
+
     report = None
     if source is not None and before is not None:
         if before.kind != "pretrained":
@@ -222,12 +264,12 @@ def _start(
             seen, transductive = before.provenance["subjects"], before.provenance["transductive"]
             refuse_leakage(store.volumes, split, seen, "was seen in pre-training", transductive)
         _refuse_other_labels(source, before, store, draw)
-        report = transfer(network, source)
+        report = transfer(build(own, store.plan.channels, len(store.labels)), source)
         if not report.transferred:
             raise GlocalError(f"No weight of {source} fits the network: was it pre-trained with another one?")
     header = Header(
         kind="segmentation",
-        network=before.network if before else options.network,
+        network=own,
         channels=store.plan.channels,
         labels=store.labels,
         plan=store.plan,
@@ -242,4 +284,4 @@ def _start(
             **runs.environment(),
         },
     )
-    return header, network, report
+    return header, begin, report

@@ -12,14 +12,18 @@ from glocal.data.image import write_like
 from glocal.data.prepare import restore
 from glocal.data.split import ProtocolOptions, Split
 from glocal.data.store import Store
+from glocal.evaluation.calibration import calibrated
 from glocal.evaluation.evaluate import evaluate
 from glocal.evaluation.metrics import dice
 from glocal.files import replacing
 from glocal.inference import folded, slice_probabilities
-from glocal.model import Header, load_network, read_header, save_model
+from glocal.model import Header, add_provenance, load_network, read_header, save_model
+from glocal.randomness import generator
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_PIXELS = 500_000  # that a temperature is fitted on: enough for one number
 
 
 class Validation:
@@ -33,12 +37,12 @@ class Validation:
 
     def __call__(self, strategy: nn.Module) -> dict[str, float]:
         """Mean foreground Dice over the validation volumes, on preprocessed slices."""
-        trained: Any = strategy.network
+        trained: Any = strategy.predictor
         network, values = folded(trained), []
         for case in self.cases:
             images = self.store.volume(case)
             mask = torch.cat([part.argmax(1) for part in slice_probabilities(network, images, self.device)]).numpy()
-            truth = self._truth(case).cpu().numpy()
+            truth = _truth(self.store, case).cpu().numpy()
             values += [dice(mask == k, truth == k) for k in self.store.labels.values() if k]
         value = float(np.mean(values))
         best = read_header(self.path).provenance["validation_dice"] if self.path.exists() else -1.0
@@ -47,9 +51,43 @@ class Validation:
             save_model(self.path, trained.state_dict(), self.header.model_copy(update={"provenance": provenance}))
         return {"validation_dice": value}
 
-    def _truth(self, case: str) -> Tensor:
-        first = int(self.store.first[self.store.index_of(case)])
-        return self.store.labels_of(torch.arange(first, first + int(self.store.count_of[first])))
+
+def _truth(store: Store, case: str) -> Tensor:
+    first = int(store.first[store.index_of(case)])
+    return store.labels_of(torch.arange(first, first + int(store.count_of[first])))
+
+
+def calibrate(store: Store, run: Path, cases: tuple[str, ...], device: torch.device) -> None:
+    """Fit the temperature of the last and of the best weights on validation volumes, and write it into their files.
+
+    The header's provenance then has `temperature`, and in `calibration` how many `volumes` it was fitted on, and of
+    their pixels the negative log-likelihood `nll` and the expected calibration error `ece`, each before and after.
+    Weights, and so masks, stay as they are.
+    """
+    for path in (run / "model.safetensors", run / "best.safetensors"):
+        if path.exists():
+            network = folded(load_network(path)[0].to(device))
+            found = calibrated(*_some_pixels(network, store, cases, device))
+            facts = {"volumes": len(cases), "nll": found.nll, "ece": found.ece}
+            add_provenance(path, temperature=found.temperature, calibration=facts)
+
+
+def _some_pixels(
+    network: nn.Module, store: Store, cases: tuple[str, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Logits `(N, K)` and labels `(N,)` of all pixels of cases, or of a random part where these are too many."""
+    labels = {case: _truth(store, case).cpu() for case in cases}
+    part = _PIXELS / sum(of_case.numel() for of_case in labels.values())
+    logits, truth, rng = [], [], generator(0, "calibration")
+    for case in cases:
+        rest = labels[case].flatten()
+        for probabilities in slice_probabilities(network, store.volume(case), device):
+            pixels = probabilities.movedim(1, -1).flatten(0, 2)
+            own, rest = rest[: len(pixels)], rest[len(pixels) :]
+            chosen = torch.rand(len(pixels), generator=rng) < part
+            logits.append(pixels[chosen].clamp_min(torch.finfo(pixels.dtype).tiny).log())
+            truth.append(own[chosen])
+    return torch.cat(logits), torch.cat(truth)
 
 
 def measured_cases(store: Store, split: Split, protocol: ProtocolOptions) -> tuple[str, ...]:

@@ -3,11 +3,11 @@
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from glocal.networks.base import SegmentationNetwork
-from glocal.networks.blocks import Widths, he
+from glocal.networks.blocks import Up, Widths, he
 from glocal.networks.unet import DecoderBlock, encoder
 
 
@@ -18,6 +18,7 @@ class AttentionUNetOptions(BaseModel):
 
     name: Literal["attention-unet"] = "attention-unet"
     widths: Widths = (64, 128, 256, 512, 1024)
+    up: Up = Field("nearest", description="how the decoder doubles the size")
 
 
 class Gate(nn.Module):
@@ -42,9 +43,9 @@ class Gate(nn.Module):
 class GatedBlock(nn.Module):
     """The U-Net's decoder block with a gate on the skip: `(B, inputs, h, w)` -> `(B, width, 2h, 2w)`."""
 
-    def __init__(self, inputs: int, width: int):
+    def __init__(self, inputs: int, width: int, up: Up):
         super().__init__()
-        self.block, self.gate = DecoderBlock(inputs, width), Gate(width)
+        self.block, self.gate = DecoderBlock(inputs, width, up=up), Gate(width)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """`x` is the coarser map; `skip` `(B, width, 2h, 2w)` the encoder's feature of this block's size."""
@@ -63,7 +64,7 @@ class AttentionUNet(SegmentationNetwork):
         self.encoder_channels, self.block_channels = widths, widths[-2::-1]
         self.encoder = encoder(in_channels, widths)
         self.decoder = nn.ModuleList(
-            GatedBlock(inputs, width) for inputs, width in zip(widths[:0:-1], widths[-2::-1], strict=True)
+            GatedBlock(inputs, width, options.up) for inputs, width in zip(widths[:0:-1], widths[-2::-1], strict=True)
         )
         self.head = nn.Conv2d(widths[0], classes, kernel_size=1)
         self.apply(he)

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor, cat, nn
@@ -12,6 +12,7 @@ Widths = Annotated[
     tuple[Annotated[int, Field(ge=1)], ...],
     Field(min_length=2, description="Channels of each level, finest first; between two levels the image is halved."),
 ]
+Up = Literal["nearest", "bilinear", "transposed"]  # ways to double the size of a map
 
 ReLU = partial(nn.ReLU, inplace=True)
 LeakyReLU = partial(nn.LeakyReLU, negative_slope=0.01, inplace=True)
@@ -53,6 +54,20 @@ class Pooled(nn.ModuleList):
         return features
 
 
+def upsampling(up: Up, inputs: int, outputs: int, mix: Callable[[int, int], nn.Module]) -> nn.Module:
+    """What doubles the size of a map: `(B, inputs, h, w)` -> `(B, outputs, 2h, 2w)`.
+
+    Args:
+        up: by a transposed convolution, or by interpolation.
+        inputs: channels of the map.
+        outputs: channels of what comes out.
+        mix: makes what changes the channels after an interpolation, from inputs and outputs.
+    """
+    if up == "transposed":
+        return nn.ConvTranspose2d(inputs, outputs, kernel_size=2, stride=2)
+    return nn.Sequential(nn.Upsample(scale_factor=2, mode=up), mix(inputs, outputs))
+
+
 class TransposedBlock(nn.Module):
     """Decoder block: double the size by a transposed convolution, join the skip, convolve.
 
@@ -61,11 +76,14 @@ class TransposedBlock(nn.Module):
         width: channels of the skip, and of what comes out.
         make: makes a layer from its inputs and outputs.
         count: layers after the skip was joined.
+        up: interpolation with a 1 x 1 convolution in the place of the transposed one.
     """
 
-    def __init__(self, inputs: int, width: int, make: Callable[[int, int], nn.Module], count: int = 2):
+    def __init__(
+        self, inputs: int, width: int, make: Callable[[int, int], nn.Module], count: int = 2, up: Up = "transposed"
+    ):
         super().__init__()
-        self.up = nn.ConvTranspose2d(inputs, width, kernel_size=2, stride=2)
+        self.up = upsampling(up, inputs, width, partial(nn.Conv2d, kernel_size=1))
         self.join = layers(make, 2 * width, width, count)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:

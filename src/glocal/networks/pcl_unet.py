@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from glocal.networks.base import SegmentationNetwork
-from glocal.networks.blocks import LeakyReLU, Pooled, ReLU, TransposedBlock, Widths, he_leaky, layer, layers
+from glocal.networks.blocks import LeakyReLU, Pooled, ReLU, TransposedBlock, Up, Widths, he_leaky, layer, layers
 
 
 class PCLUNetOptions(BaseModel):
@@ -17,6 +17,7 @@ class PCLUNetOptions(BaseModel):
 
     name: Literal["pcl-unet"] = "pcl-unet"
     widths: Widths = (32, 64, 128, 256, 512)
+    up: Up = Field("transposed", description="how the decoder doubles the size")
     center_norm: bool = Field(False, description="batch norm in the coarsest level too; the code has none there")
 
 
@@ -40,7 +41,8 @@ class PCLUNet(SegmentationNetwork):
         self.encoder = Pooled(layers(leaky, inputs, width) for inputs, width in levels)
         self.encoder.append(layers(center, widths[-2], widths[-1]))
         self.decoder = nn.ModuleList(
-            TransposedBlock(inputs, width, leaky) for inputs, width in zip(widths[:0:-1], widths[-2::-1], strict=True)
+            TransposedBlock(inputs, width, leaky, up=options.up)
+            for inputs, width in zip(widths[:0:-1], widths[-2::-1], strict=True)
         )
         self.head = nn.Conv2d(widths[0], classes, kernel_size=1, bias=False)
         self.apply(he_leaky)

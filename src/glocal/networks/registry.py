@@ -13,6 +13,7 @@ from glocal.networks.bcdu_net import BCDUNet, BCDUNetOptions
 from glocal.networks.nnunet import NNUNet, PlainOptions, ResidualOptions
 from glocal.networks.pcl_unet import PCLUNet, PCLUNetOptions
 from glocal.networks.resnet50_unet import ResNet50UNet, ResNet50UNetOptions
+from glocal.networks.several_decoders import SeveralDecoders, SeveralDecodersOptions
 from glocal.networks.uctransnet import UCTransNet, UCTransNetOptions
 from glocal.networks.unet import UNet, UNetOptions
 from glocal.options import closest, validated
@@ -38,6 +39,8 @@ NetworkOptions = Annotated[
     ],
     BeforeValidator(_named),
 ]
+# What a trained model may be of: a strategy may give a network several decoders.
+TrainedOptions = NetworkOptions | SeveralDecodersOptions
 
 
 @dataclass(frozen=True)
@@ -141,9 +144,11 @@ def network_options(settings: Mapping[str, Any]) -> NetworkOptions:
     return options
 
 
-def build(options: NetworkOptions, in_channels: int, classes: int) -> SegmentationNetwork:
+def build(options: TrainedOptions, in_channels: int, classes: int) -> SegmentationNetwork:
     """Build a network for images of `in_channels` channels and `classes` classes, background included.
 
     Weights are drawn from torch's global generator: seed it before this call.
     """
+    if isinstance(options, SeveralDecodersOptions):
+        return SeveralDecoders(options, lambda of: build(of, in_channels, classes))
     return NETWORKS[options.name].build(in_channels, classes, options)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from glocal.networks.base import SegmentationNetwork
-from glocal.networks.blocks import he, layer, layers
+from glocal.networks.blocks import Up, he, layer, layers
 
 DEPTHS = (3, 4, 6, 3)  # bottleneck blocks of the four stages
 
@@ -28,7 +28,7 @@ class ResNet50UNetOptions(BaseModel):
         32,
         16,
     )
-    up: Literal["nearest", "bilinear", "transposed"] = Field("nearest", description="how the decoder doubles the size")
+    up: Up = Field("nearest", description="how the decoder doubles the size")
 
 
 class Bottleneck(nn.Module):
@@ -79,7 +79,7 @@ class Encoder(nn.Module):
 class DecoderBlock(nn.Module):
     """Double the size, join the skip if there is one, two convolutions."""
 
-    def __init__(self, inputs: int, skip: int, width: int, up: str):
+    def __init__(self, inputs: int, skip: int, width: int, up: Up):
         super().__init__()
         self.up = (
             nn.ConvTranspose2d(inputs, inputs, kernel_size=2, stride=2)

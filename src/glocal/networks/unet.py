@@ -1,13 +1,14 @@
 """The U-Net of Chaitanya et al. 2020 (Contrastive learning of global and local features, NeurIPS 33)."""
 
 from collections import OrderedDict
+from functools import partial
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, cat, nn
 
 from glocal.networks.base import SegmentationNetwork
-from glocal.networks.blocks import Pooled, Widths, he
+from glocal.networks.blocks import Pooled, Up, Widths, he, upsampling
 
 
 class UNetOptions(BaseModel):
@@ -17,6 +18,7 @@ class UNetOptions(BaseModel):
 
     name: Literal["unet"] = "unet"
     widths: Widths = (16, 32, 64, 128, 128, 128)
+    up: Up = Field("nearest", description="how the decoder doubles the size")
 
 
 def convolution(inputs: int, outputs: int, kernel: int = 3) -> nn.Module:
@@ -39,10 +41,10 @@ def encoder(in_channels: int, widths: tuple[int, ...]) -> Pooled:
 class DecoderBlock(nn.Module):
     """Double the size, join the skip, convolve: `(B, inputs, h, w)` -> `(B, width, 2h, 2w)`."""
 
-    def __init__(self, inputs: int, width: int, convolutions: int = 2):
+    def __init__(self, inputs: int, width: int, convolutions: int = 2, up: Up = "nearest"):
         super().__init__()
         # Nearest-neighbour up-sampling and a 2 x 2 convolution, as the authors' code; no transposed convolution.
-        self.up = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), convolution(inputs, width, kernel=2))
+        self.up = upsampling(up, inputs, width, partial(convolution, kernel=2))
         self.join = nn.Sequential(*(convolution(width if k else 2 * width, width) for k in range(convolutions)))
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
@@ -66,7 +68,7 @@ class UNet(SegmentationNetwork):
         self.encoder_channels, self.block_channels = widths, widths[-2::-1]
         self.encoder = encoder(in_channels, widths)
         self.decoder = nn.ModuleList(
-            DecoderBlock(widths[level + 1], widths[level], convolutions=2 if level else 1)
+            DecoderBlock(widths[level + 1], widths[level], convolutions=2 if level else 1, up=options.up)
             for level in reversed(range(len(widths) - 1))
         )
         finest = widths[0]

@@ -16,6 +16,15 @@ from glocal.networks.base import SegmentationNetwork
 from glocal.randomness import generator
 from glocal.views.view import ViewOptions, draw_view
 
+# A field `preset: Preset = "adopted"` of a method, beside `_preset = presets({"paper": {...}})` of `glocal.options`.
+Preset = Annotated[
+    Literal["adopted", "paper"],
+    Field(
+        exclude=True,  # what it sets is kept instead
+        description="paper: as the paper's text has it, where the defaults do not; sets only what is not given itself",
+    ),
+]
+
 COLLAPSED = (
     "All embeddings have become equal: the pre-training has collapsed and its weights are worth no more than random "
     "ones. Lower learning_rate, raise warmup_iterations or temperature, or use a larger batch, in a new run folder."
@@ -49,7 +58,7 @@ class Stage(nn.Module):
         self.trained, self.frozen = trained, frozen
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name.startswith(tuple(f"{part}." for part in trained)))
-        self._embeddings: Tensor | None = None
+        self._embeddings: tuple[Tensor, ...] = ()
 
     def losses(self, step: int) -> dict[str, Tensor]:
         """Losses of iteration `step`; `loss` is minimised, the others are only logged."""
@@ -66,7 +75,7 @@ class Stage(nn.Module):
             self.network.get_submodule(part).train(False)
         return self
 
-    def view(self, options: ViewOptions, images: Tensor, step: int, role: int, batch: int) -> Tensor:
+    def view(self, options: ViewOptions, images: Tensor, step: int, role: int, batch: int, *keys: str) -> Tensor:
         """One random view of each image.
 
         Args:
@@ -75,18 +84,19 @@ class Stage(nn.Module):
             step: the iteration.
             role: which of the views of this iteration; each is drawn for itself.
             batch: the size of the whole batch.
+            keys: what tells views of another batch of this iteration from these.
         """
         size = (images.shape[-2], images.shape[-1])
-        draw = draw_view(options, batch, size, generator(self.options.seed, step, "view", role))
+        draw = draw_view(options, batch, size, generator(self.options.seed, step, "view", role, *keys))
         return draw[share(batch)].image(images)
 
-    def watch(self, embeddings: Tensor) -> None:
-        """Remember embeddings `(N, C)` for the collapse warning."""
-        self._embeddings = embeddings.detach()
+    def watch(self, *embeddings: Tensor) -> None:
+        """Remember embeddings, `(N, C)` each, for the warning that all of one kind have become equal."""
+        self._embeddings = tuple(of_kind.detach() for of_kind in embeddings)
 
     def warning(self) -> str | None:
         """Asked for by the engine now and then."""
-        if self._embeddings is not None and bool(is_collapsed(self._embeddings)):
+        if any(bool(is_collapsed(embeddings)) for embeddings in self._embeddings):
             return COLLAPSED
         return None
 

@@ -16,10 +16,11 @@ from glocal.networks.base import SegmentationNetwork
 from glocal.networks.heads import NormedHead, Predictor
 from glocal.networks.registry import NetworkOptions
 from glocal.networks.unet import UNetOptions
-from glocal.pretraining.base import Method, Stage
+from glocal.options import presets
+from glocal.pretraining.base import Method, Preset, Stage
 from glocal.pretraining.simclr import AUGMENTATION
 from glocal.pretraining.simsiam import negative_cosine
-from glocal.pretraining.teacher import Teacher, rising
+from glocal.teacher import Teacher, rising
 from glocal.views.view import ViewOptions
 
 
@@ -27,6 +28,7 @@ class Options(TrainingOptions):
     """The paper's symbols and defaults; the learning rate is not divided, see its description."""
 
     method: Literal["byol"] = "byol"
+    preset: Preset = "adopted"
     network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd", "lars"] = "lars"
     learning_rate: float = Field(
@@ -39,6 +41,8 @@ class Options(TrainingOptions):
     hidden: int = Field(4096, ge=1, description="hidden width of projector and predictor")
     outputs: int = Field(256, ge=1, description="width of the embedding")
     augmentation: ViewOptions = AUGMENTATION
+
+    _preset = presets({"paper": {"batch": 256}})  # slices that its learning rate is for
 
 
 def prediction_error(q: Tensor, z: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ A student predicts, from every view of a slice, what a slow copy of itself says 
 centred, so that no output wins always, and sharpened, so that they do not become equal.
 """
 
+from math import log
 from typing import Any, Literal
 
 import torch
@@ -17,16 +18,33 @@ from glocal.engine import TrainingOptions
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.registry import NetworkOptions
 from glocal.networks.unet import UNetOptions
-from glocal.pretraining.base import Method, Stage
+from glocal.options import presets
+from glocal.pretraining.base import Method, Preset, Stage
 from glocal.pretraining.swav import cross_view_loss, multi_crop, pooled_features, windowed
-from glocal.pretraining.teacher import Teacher, rising
+from glocal.teacher import Teacher, rising
 from glocal.views.view import ViewOptions
+
+# The paper's batch, with the rate in proportion, and 1 and 10 of its 300 epochs as iterations of 10,000.
+PAPER = {
+    "batch": 1024,
+    "learning_rate": 5e-4 * 1024 / 256,
+    "warmup_iterations": 333,
+    "frozen": 33,
+    "outputs": 65_536,
+    "augmentation": windowed(0.63, 1.0).model_dump(),
+    "local_views": 10,
+}
+SAME = (
+    "To the end the teacher has said nearly the same of every slice, so that little was learnt: set head_norm=true, a "
+    "larger batch, another learning_rate, or a weaker augmentation, in a new run folder."
+)
 
 
 class Options(TrainingOptions):
-    """The paper's symbols and defaults, in iterations of 1/300 of its epochs, without schedule of the weight decay."""
+    """The paper's symbols, its 300 epochs as 10,000 iterations; with `preset` all but its rising weight decay."""
 
     method: Literal["dino"] = "dino"
+    preset: Preset = "adopted"
     network: NetworkOptions = UNetOptions()
     learning_rate: float = Field(5e-4, gt=0)
     weight_decay: float = Field(0.04, ge=0)
@@ -49,6 +67,8 @@ class Options(TrainingOptions):
     local_views: int = Field(0, ge=0, description="small views, which the student alone sees")
     local_size: float = Field(0.43, gt=0, le=1, description="their sides, relative to the image's")
     local_augmentation: ViewOptions = windowed(0.22, 0.63)
+
+    _preset = presets({"paper": PAPER})
 
 
 class Head(nn.Sequential):
@@ -81,12 +101,14 @@ class Encoder(Stage):
         self.register_buffer("centre", torch.zeros(options.outputs))
         if options.frozen:
             self.register_buffer("beginning", self.last.weight.detach().clone())
+        self._last_entropy: Tensor | None = None
 
     def losses(self, step: int) -> dict[str, Tensor]:
         """Algorithm 1 and Eq. 3 of the paper; `entropy` of the teacher near ln K or 0 is a collapse."""
         o: Options = self.options
         if step <= o.frozen and o.frozen:
-            # Taking steps back, instead of not taking them, is exact for any optimiser, its decay and its momentum.
+            # Steps are taken back, with their decay, instead of not taken: DistributedDataParallel waits for every
+            # gradient. The optimiser's moments are warm when the layer is let go.
             with torch.no_grad():
                 self.last.weight.copy_(self.beginning)
         if step:
@@ -102,7 +124,9 @@ class Encoder(Stage):
         with torch.autocast(images.device.type, enabled=False):
             loss = cross_view_loss(embeddings @ unit(self.last.weight).mT, targets, o.temperature)
         self.watch(embeddings[:2].flatten(0, 1))
-        return {"loss": loss, "entropy": torch.special.entr(targets).sum(-1).mean()}
+        entropy = torch.special.entr(targets).sum(-1).mean()
+        self._last_entropy = entropy if step + 1 == o.max_iterations else None
+        return {"loss": loss, "entropy": entropy}
 
     @torch.no_grad()
     def _targets(self, views: Tensor, batch: int, step: int) -> Tensor:
@@ -125,8 +149,9 @@ class Encoder(Stage):
         return o.teacher_temperature_start + done * (o.teacher_temperature - o.teacher_temperature_start)
 
     def warning(self) -> str | None:
-        """Collapse, temperatures that let it happen, or a last layer that is never trained."""
-        return super().warning() or self._pointless()
+        """Collapse, also that to one answer for all, temperatures that let it happen, or a last layer never trained."""
+        same = self._last_entropy is not None and float(self._last_entropy) > 0.999 * log(self.options.outputs)
+        return super().warning() or self._pointless() or (SAME if same else None)
 
     def _pointless(self) -> str | None:
         o: Options = self.options

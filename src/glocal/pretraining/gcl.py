@@ -1,13 +1,14 @@
 """Global and local contrastive learning with anatomical partitions (Chaitanya et al., NeurIPS 2020).
 
 Stage 1 trains the encoder: slices of one partition of the volumes attract each other, other partitions repel.
-Stage 2 freezes it and trains the first decoder blocks: a region attracts the same region of the other view.
+Stage 2 freezes it and trains the first decoder blocks: a region attracts the same region of the other view. With one
+stage (an ablation of the paper) both losses train encoder and decoder blocks together.
 """
 
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from glocal.contrast.losses import contrastive_loss
@@ -28,17 +29,22 @@ from glocal.networks.base import SegmentationNetwork
 from glocal.networks.heads import DenseHead, GlobalHead
 from glocal.networks.registry import NetworkOptions
 from glocal.networks.unet import UNetOptions
-from glocal.pretraining.base import Method, Stage
+from glocal.options import presets
+from glocal.pretraining.base import Method, Preset, Stage
 from glocal.randomness import generator
 from glocal.views.intensity import IntensityOptions
 from glocal.views.spatial import SpatialOptions
 from glocal.views.view import ViewOptions
+
+# Two layers of 3200 and 128; regions repel all others, unprojected; forty images a step in the second stage, too.
+PAPER = {"hidden": 3200, "negatives": "all", "projection": False, "local_batch": 20}
 
 
 class Options(TrainingOptions):
     """Defaults as paper and code have them; the proposed method is G^D with L^R."""
 
     method: Literal["gcl"] = "gcl"
+    preset: Preset = "adopted"
     network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd"] = "adam"
     weight_decay: float = Field(0.0, ge=0)
@@ -46,7 +52,9 @@ class Options(TrainingOptions):
     warmup_iterations: int = Field(0, ge=0)
     max_iterations: int = Field(10_000, ge=1, description="optimiser steps of each stage")
     temperature: float = Field(0.1, gt=0)
-    # Stage 1
+    stages: Literal[1, 2] = Field(2, description="1: both losses at once, L_g + lambda2 L_l, with nothing frozen")
+    lambda2: float = Field(100.0, gt=0, description="stages=1: weight of L_l; 1, 10, 100 and 1000 in the paper")
+    # L_g: stage 1
     strategy: Literal["random", "D-", "D"] = Field("D", description="G^R, G^D- or G^D")
     batch: int = Field(20, ge=2, description="G^R: slices per step")
     volumes: int = Field(5, ge=1, description="m: volumes per step, G^D-, G^D and L^D")
@@ -61,7 +69,7 @@ class Options(TrainingOptions):
         spatial=SpatialOptions(crop=(0.52, 0.52)),
         intensity=IntensityOptions(brightness=0.3, contrast=0.3, clip=(0.0, 1.5)),
     )
-    # Stage 2
+    # L_l: stage 2
     local: Literal["none", "random", "D"] = Field("random", description="no stage 2, L^R or L^D")
     local_batch: int = Field(10, ge=1, description="L^R: slices per step")
     blocks: int = Field(3, ge=1, description="l: decoder blocks that are trained")
@@ -71,106 +79,156 @@ class Options(TrainingOptions):
     negatives: Literal["neighbours", "all"] = Field("neighbours", description="the code's list, or the paper's text")
     frozen_batch_norm: Literal["eval", "train"] = Field("eval", description="of the frozen encoder; train as the code")
 
+    _preset = presets({"paper": PAPER})
+
+    @model_validator(mode="after")
+    def _one_stage_has_both_losses(self) -> "Options":
+        if self.stages == 1 and self.local == "none":
+            raise ValueError("stages=1 trains with both losses at once, and local=none leaves one: set stages=2")
+        return self
+
 
 class Global(Stage):
     """Stage 1: encoder and g1."""
 
     def __init__(self, network: SegmentationNetwork, pool: Pool, options: Options) -> None:
         super().__init__(network, pool, options, trained=("encoder",))
-        self._refuse_impossible()
-        channels, height, width = self.bottleneck_size()
-        self.g1 = GlobalHead(channels * height * width, options.hidden, options.outputs)
+        self.g1 = global_head(self)
 
     def losses(self, step: int) -> dict[str, Tensor]:
-        """Eq. 1 and 2."""
-        o: Options = self.options
-        slices = self._slices(generator(o.seed, step, "slices"))
-        images = self.pool.images(slices[share(len(slices))])
-        roles = self._roles()  # 0 is the untransformed slice
-        inputs = [self.view(o.augmentation, images, step, role, len(slices)) if role else images for role in roles]
-        embeddings = whole(self.g1(self.network.encode(torch.cat(inputs))[-1]), len(slices))
-
-        image = torch.arange(len(slices)).repeat(len(roles))
-        original = (torch.tensor(roles) == 0).repeat_interleave(len(slices))
-        volume = slices.volume.repeat(len(roles))
-        partition = partition_of(slices.number, slices.count, o.partitions).repeat(len(roles))
-        if o.strategy == "random":
-            masks = g_random(image)
-        elif o.strategy == "D-":
-            masks = g_d_minus(image, partition)
-        else:
-            masks = g_d(image, volume, partition, original)
+        """L_g, Eq. 1 and 2."""
+        loss, embeddings = global_contrast(self, step)
         self.watch(embeddings)
-        return {"loss": contrastive_loss(embeddings, *masks, o.temperature, denominator="one")}
-
-    def _refuse_impossible(self) -> None:
-        """Without anything to attract, or anything to repel, the loss is 0 whatever the weights."""
-        o: Options = self.options
-        across = o.strategy == "D" and min(o.volumes, len(self.pool.volumes)) > 1
-        if len(self._roles()) < 2 and not across:
-            raise GlocalError("Each slice would be seen once, so that nothing attracts it: set views=2.")
-        if o.strategy != "random" and min(o.partitions, int(self.pool.store.count_of[self.pool.slices].max())) < 2:
-            raise GlocalError(
-                f"strategy={o.strategy} needs two partitions or more, and a volume of two slices or more, to have "
-                "anything to repel: raise partitions, or set strategy=random."
-            )
-
-    def _slices(self, rng: torch.Generator) -> Slices:
-        o: Options = self.options
-        if o.strategy == "random":
-            return self.pool.uniform(o.batch, rng)
-        return self.pool.partitioned(o.volumes, o.partitions, rng)
-
-    def _roles(self) -> list[int]:
-        o: Options = self.options
-        views = o.views if o.views != "auto" else (1 if o.strategy == "D" else 2)
-        return list(range(0 if o.originals and o.strategy != "random" else 1, views + 1))
+        return {"loss": loss}
 
 
 class Local(Stage):
     """Stage 2: the first l decoder blocks and g2, on top of the frozen encoder."""
 
     def __init__(self, network: SegmentationNetwork, pool: Pool, options: Options) -> None:
-        blocks = tuple(f"decoder.{block}" for block in range(options.blocks))
         frozen = ("encoder",) if options.frozen_batch_norm == "eval" else ()
-        super().__init__(network, pool, options, trained=blocks, frozen=frozen)
-        channels = network.decoder_channels(options.blocks)
-        _, height, width = (side * 2**options.blocks for side in self.bottleneck_size())
-        self.positions = region_positions(height, width, options.regions, options.kernel, options.negatives)
-        self.g2 = DenseHead(channels)
-        wide = options.kernel**2 * channels
-        projected = options.kernel == 3 and options.projection
-        self.projection = nn.Linear(wide, 128, bias=False) if projected else nn.Identity()
+        super().__init__(network, pool, options, trained=blocks_of(options), frozen=frozen)
+        self.g2, self.projection, self.positions = local_head(self)
 
     def losses(self, step: int) -> dict[str, Tensor]:
-        """Eq. 3 and 4."""
-        o: Options = self.options
-        rng = generator(o.seed, step, "slices")
-        slices = (
-            self.pool.uniform(o.local_batch, rng)
-            if o.local == "random"
-            else self.pool.partitioned(o.volumes, o.partitions, rng)
-        )
-        images = self.pool.images(slices[share(len(slices))])
-        # Intensity only: a region of one view shows the same place in the other.
-        still = o.augmentation.model_copy(update={"spatial": SpatialOptions()})
-        views = torch.cat([self.view(still, images, step, role, len(slices)) for role in (1, 2)])
-        with torch.no_grad():
-            features = self.network.encode(views)
-        maps = self.g2(self.network.decode(features, o.blocks))
+        """L_l, Eq. 3 and 4."""
+        loss, vectors = local_contrast(self, step)
+        self.watch(vectors)
+        return {"loss": loss}
 
-        vectors = whole(self.projection(region_vectors(maps, self.positions, o.kernel)), len(slices))
-        positive, negative = local_masks(o.regions, o.kernel, o.negatives)
-        image, volume = torch.arange(len(slices)).repeat(2), slices.volume.repeat(2)
-        if o.local == "random":
-            pairs = pairs_local_random(image)
-        else:
-            pairs = pairs_local_d(image, volume, partition_of(slices.number, slices.count, o.partitions).repeat(2))
-        self.watch(vectors.flatten(0, 1))
-        return {"loss": local_loss(vectors, pairs.to(maps.device), positive, negative, o.temperature)}
+
+class Joint(Stage):
+    """Both losses at once: encoder, the first l decoder blocks, g1 and g2."""
+
+    def __init__(self, network: SegmentationNetwork, pool: Pool, options: Options) -> None:
+        super().__init__(network, pool, options, trained=("encoder", *blocks_of(options)))
+        self.g1 = global_head(self)
+        self.g2, self.projection, self.positions = local_head(self)
+
+    def losses(self, step: int) -> dict[str, Tensor]:
+        """L_g + lambda L_l, each of slices and views of its own."""
+        global_, embeddings = global_contrast(self, step)
+        local, vectors = local_contrast(self, step, "joint")
+        self.watch(embeddings, vectors)
+        return {"loss": global_ + self.options.lambda2 * local, "L_g": global_, "L_l": local}
+
+
+def blocks_of(options: Options) -> tuple[str, ...]:
+    """The first l decoder blocks."""
+    return tuple(f"decoder.{block}" for block in range(options.blocks))
+
+
+def global_head(stage: Stage) -> GlobalHead:
+    """g1 for the bottleneck of a stage's network.
+
+    Raises:
+        GlocalError: nothing attracts, or nothing repels, so that the loss is 0 whatever the weights.
+    """
+    o: Options = stage.options
+    across = o.strategy == "D" and min(o.volumes, len(stage.pool.volumes)) > 1
+    if len(roles(o)) < 2 and not across:
+        raise GlocalError("Each slice would be seen once, so that nothing attracts it: set views=2.")
+    if o.strategy != "random" and min(o.partitions, int(stage.pool.store.count_of[stage.pool.slices].max())) < 2:
+        raise GlocalError(
+            f"strategy={o.strategy} needs two partitions or more, and a volume of two slices or more, to have "
+            "anything to repel: raise partitions, or set strategy=random."
+        )
+    channels, height, width = stage.bottleneck_size()
+    return GlobalHead(channels * height * width, o.hidden, o.outputs)
+
+
+def roles(o: Options) -> list[int]:
+    """The versions of each slice that L_g sees; 0 is the untransformed slice."""
+    views = o.views if o.views != "auto" else (1 if o.strategy == "D" else 2)
+    return list(range(0 if o.originals and o.strategy != "random" else 1, views + 1))
+
+
+def global_contrast(stage: Any, step: int) -> tuple[Tensor, Tensor]:
+    """L_g of a batch of its own (Eq. 1 and 2), and the embeddings `(N, outputs)`."""
+    o: Options = stage.options
+    rng = generator(o.seed, step, "slices")
+    slices = drawn(stage.pool, o.batch if o.strategy == "random" else None, o, rng)
+    images = stage.pool.images(slices[share(len(slices))])
+    versions = roles(o)
+    inputs = [stage.view(o.augmentation, images, step, role, len(slices)) if role else images for role in versions]
+    embeddings = whole(stage.g1(stage.network.encode(torch.cat(inputs))[-1]), len(slices))
+
+    image = torch.arange(len(slices)).repeat(len(versions))
+    original = (torch.tensor(versions) == 0).repeat_interleave(len(slices))
+    volume = slices.volume.repeat(len(versions))
+    partition = partition_of(slices.number, slices.count, o.partitions).repeat(len(versions))
+    if o.strategy == "random":
+        masks = g_random(image)
+    elif o.strategy == "D-":
+        masks = g_d_minus(image, partition)
+    else:
+        masks = g_d(image, volume, partition, original)
+    return contrastive_loss(embeddings, *masks, o.temperature, denominator="one"), embeddings
+
+
+def drawn(pool: Pool, batch: int | None, o: Options, rng: torch.Generator) -> Slices:
+    """`batch` slices of all, or one of every partition of m volumes."""
+    return pool.partitioned(o.volumes, o.partitions, rng) if batch is None else pool.uniform(batch, rng)
+
+
+def local_head(stage: Stage) -> tuple[DenseHead, nn.Module, Tensor]:
+    """g2 for the map after l decoder blocks, what projects its regions, and where they are."""
+    o: Options = stage.options
+    channels = stage.network.decoder_channels(o.blocks)
+    _, height, width = (side * 2**o.blocks for side in stage.bottleneck_size())
+    positions = region_positions(height, width, o.regions, o.kernel, o.negatives)
+    g2 = DenseHead(channels)
+    projected = o.kernel == 3 and o.projection
+    return g2, nn.Linear(o.kernel**2 * channels, 128, bias=False) if projected else nn.Identity(), positions
+
+
+def local_contrast(stage: Any, step: int, *keys: str) -> tuple[Tensor, Tensor]:
+    """L_l of a batch of its own (Eq. 3 and 4), and the region vectors `(N, C)`; other `keys`, other draws."""
+    o: Options = stage.options
+    rng = generator(o.seed, step, "slices", *keys)
+    slices = drawn(stage.pool, o.local_batch if o.local == "random" else None, o, rng)
+    images = stage.pool.images(slices[share(len(slices))])
+    # Intensity only: a region of one view shows the same place in the other.
+    still = o.augmentation.model_copy(update={"spatial": SpatialOptions()})
+    views = torch.cat([stage.view(still, images, step, role, len(slices), *keys) for role in (1, 2)])
+    with torch.set_grad_enabled("encoder" in stage.trained and torch.is_grad_enabled()):
+        features = stage.network.encode(views)
+    maps = stage.g2(stage.network.decode(features, o.blocks))
+
+    vectors = whole(stage.projection(region_vectors(maps, stage.positions, o.kernel)), len(slices))
+    positive, negative = local_masks(o.regions, o.kernel, o.negatives)
+    image, volume = torch.arange(len(slices)).repeat(2), slices.volume.repeat(2)
+    if o.local == "random":
+        pairs = pairs_local_random(image)
+    else:
+        pairs = pairs_local_d(image, volume, partition_of(slices.number, slices.count, o.partitions).repeat(2))
+    loss = local_loss(vectors, pairs.to(maps.device), positive, negative, o.temperature)
+    return loss, vectors.flatten(0, 1)
 
 
 def _stages(options: Any) -> list[tuple[str, Any]]:
+    if options.stages == 1:
+        return [("joint", Joint)]
     return [("global", Global), *([] if options.local == "none" else [("local", Local)])]
 
 

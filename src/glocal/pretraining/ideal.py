@@ -18,11 +18,13 @@ from glocal.engine import TrainingOptions
 from glocal.errors import GlocalError
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.registry import NetworkOptions
+from glocal.networks.resnet50_unet import ResNet50UNetOptions
 from glocal.networks.unet import UNetOptions
-from glocal.pretraining.base import Method, Stage
+from glocal.options import presets
+from glocal.pretraining.base import Method, Preset, Stage
 from glocal.pretraining.simclr import AUGMENTATION
-from glocal.pretraining.teacher import Teacher
 from glocal.randomness import generator
+from glocal.teacher import Teacher
 from glocal.views.correspondence import matching_cells
 from glocal.views.view import View, ViewOptions, draw_view
 
@@ -31,6 +33,7 @@ class Options(TrainingOptions):
     """Optimiser and learning rate are the paper's; what it does not state is as in DenseCL."""
 
     method: Literal["ideal"] = "ideal"
+    preset: Preset = "adopted"
     network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd", "lars"] = "adam"
     learning_rate: float = Field(1e-5, gt=0)
@@ -48,6 +51,8 @@ class Options(TrainingOptions):
     own_cells: bool = Field(True, description="the other cells of the same slice repel too, not those of others alone")
     symmetric: bool = Field(False, description="both views ask and answer, at twice the cost")
     augmentation: ViewOptions = AUGMENTATION
+
+    _preset = presets({"paper": {"network": ResNet50UNetOptions()}})
 
 
 @torch.no_grad()

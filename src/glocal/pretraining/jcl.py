@@ -6,23 +6,23 @@ one size. The branches shall agree in their features (L_ER), and, by the slices'
 slice (L_g) and at each location of the maps (L_d).
 """
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from glocal.contrast.losses import contrastive_loss
-from glocal.contrast.pairs import Masks, on_lattice, position_of, positional
+from glocal.contrast.pairs import Masks, position_of, positional
 from glocal.data.sampling import Pool, Slices
 from glocal.distributed import share, whole
 from glocal.engine import TrainingOptions
 from glocal.errors import GlocalError
 from glocal.networks.base import SegmentationNetwork
+from glocal.networks.pcl_unet import PCLUNetOptions
 from glocal.networks.registry import NetworkOptions
 from glocal.networks.unet import UNetOptions
-from glocal.options import merged
+from glocal.options import presets
 from glocal.pretraining.base import Method, Stage
 from glocal.pretraining.jcl_branches import (
     distance,
@@ -32,16 +32,22 @@ from glocal.pretraining.jcl_branches import (
     pixel_projector,
     reduced,
 )
-from glocal.pretraining.teacher import Teacher
+from glocal.pretraining.pcl import borderline
 from glocal.randomness import generator
+from glocal.teacher import Teacher
 from glocal.views.spatial import SpatialOptions
 from glocal.views.view import View, ViewOptions, draw_view
 
 # What a preset sets where nothing else is given; macl, the released code and the text of the journal, is the defaults.
 MOVED = {"spatial": {"rotation": 180, "scale": (0.7, 1.3), "shift": 0.1, "probability": 0.67}}
-PRESETS: dict[str, dict[str, Any]] = {
-    "macl": {},
-    "jcl": {"view_groups": 1, "fixed": MOVED, "variable": MOVED, "dominant_pixel_projector": True},
+METHOD_V1 = {"view_groups": 1, "fixed": MOVED, "variable": MOVED, "dominant_pixel_projector": True}
+TRAINING_V1 = {
+    "network": PCLUNetOptions(),
+    "learning_rate": 0.1,
+    "warmup_iterations": 0,
+    "batch": 32,
+    "threshold": 0.1,
+    "scale": "none",
 }
 
 
@@ -49,10 +55,11 @@ class Options(TrainingOptions):
     """Defaults as paper and code have them (`preset=macl`), but for a warm-up and t off the lattice, as in PCL."""
 
     method: Literal["jcl"] = "jcl"
-    preset: Literal["macl", "jcl"] = Field(
+    preset: Literal["macl", "jcl", "paper"] = Field(
         "macl",
-        exclude=True,  # what it sets is kept instead: a run is what it computes, however that was asked for
-        description="macl: the code and IEEE JBHI; jcl: arXiv v1; sets only what is not given itself",
+        exclude=True,  # what it sets is kept instead
+        description="macl: the code and IEEE JBHI; jcl: arXiv v1; paper: its training, too; sets only what "
+        "is not given itself",
     )
     network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd", "lars"] = "sgd"
@@ -90,11 +97,7 @@ class Options(TrainingOptions):
         description="each branch has its own; what the encoder sees where it learns alone",
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _preset(cls, given: Any) -> Any:
-        """The preset's values below what is given."""
-        return merged(PRESETS.get(str(given.get("preset")), {}), given) if isinstance(given, Mapping) else given
+    _preset = presets({"jcl": METHOD_V1, "paper": {**METHOD_V1, **TRAINING_V1}})
 
 
 class Joint(Stage):
@@ -173,7 +176,7 @@ class Joint(Stage):
 
     def warning(self) -> str | None:
         """Collapse, or a threshold whose neighbours hang on rounding."""
-        return super().warning() or borderline(self.options, self.pool)
+        return super().warning() or borderline(self.options.threshold, self.pool)
 
 
 class Encoder(Stage):
@@ -201,7 +204,7 @@ class Encoder(Stage):
 
     def warning(self) -> str | None:
         """Collapse, or a threshold whose neighbours hang on rounding."""
-        return super().warning() or borderline(self.options, self.pool)
+        return super().warning() or borderline(self.options.threshold, self.pool)
 
 
 def masks_of(slices: Slices, options: Options) -> Masks:
@@ -234,18 +237,6 @@ def refuse_impossible(o: Options, pool: Pool) -> None:
             f"connection={o.connection} needs the two branches in one stage: set blocks=1 or more and stages=1, or "
             "connection=shared."
         )
-
-
-def borderline(o: Options, pool: Pool) -> str | None:
-    """A warning where rounding decides which slices are neighbours."""
-    counts = torch.unique(pool.store.count_of[pool.slices])
-    found = counts[on_lattice(o.threshold, counts)]
-    if not len(found):
-        return None
-    return (
-        f"threshold={o.threshold} is a multiple of 1/n for volumes of {int(found[0])} slices: whether neighbours "
-        f"attract hangs on rounding; take {o.threshold * 0.9:.3g} or {o.threshold * 1.1:.3g}."
-    )
 
 
 def _stages(options: Any) -> list[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from torch.nn.functional import interpolate, pad
 from glocal.contrast.losses import unit
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.registry import NetworkOptions, build
-from glocal.pretraining.teacher import Teacher
+from glocal.teacher import Teacher
 
 
 def reduced(x: Tensor, blocks: int, multiple: int) -> Tensor:

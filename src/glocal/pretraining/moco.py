@@ -21,10 +21,11 @@ from glocal.networks.base import SegmentationNetwork
 from glocal.networks.heads import PooledHead
 from glocal.networks.registry import NetworkOptions
 from glocal.networks.unet import UNetOptions
-from glocal.pretraining.base import Method, Stage
+from glocal.options import presets
+from glocal.pretraining.base import Method, Preset, Stage
 from glocal.pretraining.simclr import AUGMENTATION
-from glocal.pretraining.teacher import Teacher
 from glocal.randomness import generator
+from glocal.teacher import Teacher
 from glocal.views.view import ViewOptions
 
 
@@ -32,6 +33,7 @@ class Options(TrainingOptions):
     """Symbols of the paper, defaults of version 2; the queue is shorter, as medical data are smaller."""
 
     method: Literal["moco"] = "moco"
+    preset: Preset = "adopted"
     network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd", "lars"] = "sgd"
     learning_rate: float = Field(
@@ -52,6 +54,8 @@ class Options(TrainingOptions):
         "running", description="batch norm of the key encoder; with batch, keys show which batch they are from"
     )
     augmentation: ViewOptions = AUGMENTATION
+
+    _preset = presets({"paper": {"batch": 256, "learning_rate": 0.03, "queue": 65_536}})
 
     @model_validator(mode="after")
     def _queue_holds_a_batch(self) -> "Options":

@@ -19,18 +19,30 @@ from glocal.engine import TrainingOptions
 from glocal.errors import GlocalError
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.heads import GlobalHead, PooledHead
+from glocal.networks.pcl_unet import PCLUNetOptions
 from glocal.networks.registry import NetworkOptions
 from glocal.networks.unet import UNetOptions
-from glocal.pretraining.base import Method, Stage
+from glocal.options import presets
+from glocal.pretraining.base import Method, Preset, Stage
 from glocal.views.intensity import IntensityOptions
 from glocal.views.spatial import SpatialOptions
 from glocal.views.view import ViewOptions
+
+# The threshold is that for CHD; the factor of the loss and the warm-up are not in the text.
+PAPER = {
+    "network": PCLUNetOptions(),
+    "learning_rate": 0.1,
+    "warmup_iterations": 0,
+    "threshold": 0.1,
+    "scale": "none",
+}
 
 
 class Options(TrainingOptions):
     """Defaults as the paper and its code have them, but for a lower learning rate with warm-up (no collapse)."""
 
     method: Literal["pcl"] = "pcl"
+    preset: Preset = "adopted"
     network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd"] = "sgd"
     learning_rate: float = Field(0.01, gt=0)
@@ -51,6 +63,8 @@ class Options(TrainingOptions):
         spatial=SpatialOptions(rotation=180, scale=(0.7, 1.3), elastic=4, flip=(0.5, 0.5), probability=0.67),
         intensity=IntensityOptions(),
     )
+
+    _preset = presets({"paper": PAPER})
 
 
 class Encoder(Stage):
@@ -88,18 +102,20 @@ class Encoder(Stage):
 
     def warning(self) -> str | None:
         """Collapse, or a threshold whose neighbours hang on rounding."""
-        return super().warning() or self._borderline()
-
-    def _borderline(self) -> str | None:
         o: Options = self.options
-        counts = torch.unique(self.pool.store.count_of[self.pool.slices])
-        borderline = counts[on_lattice(o.threshold, counts)]
-        if o.labels == "position" and len(borderline):
-            return (
-                f"threshold={o.threshold} is a multiple of 1/n for volumes of {int(borderline[0])} slices: whether "
-                f"neighbours attract hangs on rounding; take {o.threshold * 0.9:.3g} or {o.threshold * 1.1:.3g}."
-            )
+        return super().warning() or (borderline(o.threshold, self.pool) if o.labels == "position" else None)
+
+
+def borderline(threshold: float, pool: Pool) -> str | None:
+    """A warning where rounding decides which slices of the pool's volumes are nearer than the threshold."""
+    counts = torch.unique(pool.store.count_of[pool.slices])
+    found = counts[on_lattice(threshold, counts)]
+    if not len(found):
         return None
+    return (
+        f"threshold={threshold} is a multiple of 1/n for volumes of {int(found[0])} slices: whether neighbours attract "
+        f"hangs on rounding; take {threshold * 0.9:.3g} or {threshold * 1.1:.3g}."
+    )
 
 
 def _stages(options: Any) -> list[tuple[str, Any]]:

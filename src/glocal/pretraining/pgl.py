@@ -19,8 +19,8 @@ from glocal.networks.heads import DenseHead
 from glocal.networks.registry import NetworkOptions
 from glocal.networks.unet import UNetOptions
 from glocal.pretraining.base import Method, Stage
-from glocal.pretraining.teacher import Teacher, rising
 from glocal.randomness import generator
+from glocal.teacher import Teacher, rising
 from glocal.views.correspondence import interpolated, overlap_grid
 from glocal.views.intensity import IntensityOptions
 from glocal.views.ranges import moved

@@ -5,9 +5,6 @@ encoder, and once for every pixel that both views show, from the decoder. The co
 two agree on any other image that was moved in the same way; pixels of which the teacher is unsure count less.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from math import log
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,10 +23,13 @@ from glocal.model import read_header
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.heads import DenseHead, NormedHead
 from glocal.networks.registry import NetworkOptions, build
+from glocal.networks.resnet50_unet import ResNet50UNetOptions
 from glocal.networks.unet import UNetOptions
-from glocal.pretraining.base import COLLAPSED, Method, Stage
-from glocal.pretraining.teacher import Teacher, rising
+from glocal.options import presets
+from glocal.pretraining.base import COLLAPSED, Method, Preset, Stage
 from glocal.randomness import generator, seed_of
+from glocal.teacher import Teacher, rising
+from glocal.uncertainty import Dropout, mean_uncertainty
 from glocal.views.correspondence import matching_grid, values_at
 from glocal.views.intensity import IntensityOptions
 from glocal.views.ranges import moved
@@ -43,6 +43,7 @@ class Options(TrainingOptions):
     """Defaults as the paper has them; where it says nothing, as DINO (Caron et al. 2021) has them."""
 
     method: Literal["pixel-global"] = "pixel-global"
+    preset: Preset = "adopted"
     network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd", "lars"] = "lars"
     learning_rate: float = Field(0.2, gt=0, description="whatever the batch; BYOL has 0.2 x batch / 256")
@@ -77,18 +78,14 @@ class Options(TrainingOptions):
         intensity=IntensityOptions(contrast=0.3, gamma=(0.7, 1.5)),
     )
 
+    _preset = presets({"paper": {"network": ResNet50UNetOptions(), "paper_exact": True, "student_dropout": False}})
+
 
 def cross_entropy(target: Tensor, logits: Tensor, temperature: float = 1.0) -> Tensor:
     """-sum_c target_c log softmax(logits / temperature)_c of predictions (B, C, ...): (B, ...), float32 or finer."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     entropies: Tensor = nn.functional.cross_entropy(logits, target.to(logits.dtype), reduction="none")
     return entropies
-
-
-def entropy(prediction: Tensor) -> Tensor:
-    """Entropy of predictions (..., C, H, W) as a part of the largest, ln C: (..., H, W) in [0, 1]."""
-    nats: Tensor = torch.special.entr(prediction)
-    return nats.sum(-3) / log(prediction.shape[-3])
 
 
 def local_terms(
@@ -105,42 +102,6 @@ def local_terms(
     terms = entropies if context is None else (entropies - context).abs()
     terms = terms if uncertainty is None else terms * (1 - uncertainty)
     return terms.masked_fill(~matched, 0)
-
-
-def mean_uncertainty(
-    predict: Callable[[int], Tensor], passes: int, at_once: int, kind: Literal["mean", "passes"]
-) -> Tensor:
-    """U (B, H, W) in [0, 1] of random predictions; `predict(k)` gives k more, (k, B, C, H, W).
-
-    ``mean``: the entropy of the mean prediction (Yu et al. 2019, UA-MT); ``passes``: the mean of the entropies. The
-    memory is that of `at_once` predictions.
-    """
-    total: Tensor | None = None
-    for start in range(0, passes, at_once):
-        predictions = predict(min(at_once, passes - start))
-        part = (predictions if kind == "mean" else entropy(predictions)).sum(0)
-        total = part if total is None else total + part
-    assert total is not None  # one pass or more
-    return entropy(total / passes) if kind == "mean" else total / passes
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """Dropout of features with probability p, drawn for the whole batch that they are this process's share of."""
-
-    p: float
-    batch: int
-    rng: torch.Generator  # on the device of the features: a CPU would be long in drawing so many numbers
-
-    def __call__(self, taps: list[Tensor], versions: int = 1) -> list[Tensor]:
-        """Random versions of features (b, c, h, w), one after the other: (versions * b, c, h, w)."""
-        thin = []
-        for tap in taps:
-            shape = (versions, self.batch, *tap.shape[2:], tap.shape[1])  # channels last, as the features in memory
-            kept = torch.empty(shape, dtype=tap.dtype, device=tap.device).bernoulli_(1 - self.p, generator=self.rng)
-            kept = kept[:, share(self.batch)].movedim(-1, 2)
-            thin.append((tap * kept).div_(1 - self.p).flatten(0, 1))
-        return thin
 
 
 def another(place: Tensor, count: int, rng: torch.Generator) -> Tensor:

@@ -26,13 +26,15 @@ from glocal.data.split import (
     refuse_leakage,
 )
 from glocal.data.store import Store
-from glocal.devices import joined
+from glocal.devices import computing, joined
 from glocal.distributed import first_decides
 from glocal.engine import TrainingOptions, train
 from glocal.files import replacing, write_json
 from glocal.model import Header, save_model, transfer
+from glocal.networks.base import SegmentationNetwork
 from glocal.networks.registry import NETWORKS, build
 from glocal.pretraining.base import Method
+from glocal.pretraining.probe import probe
 from glocal.pretraining.registry import method_named, pretraining_options
 from glocal.randomness import seed_of
 from glocal.views import view
@@ -103,7 +105,8 @@ def pretrain(
     with ExitStack() as stack:
         if not first_decides(lambda: begin_on_split(stack, run, "pretrain", facts, options, split, draw)):
             warnings = _train_stages(method, options, [pool, *labelled], run, header)
-            first_decides(lambda: _finish(run, _last_stage(method, options, run), started, warnings))
+            first_decides(lambda: _finish(run, _last_stage(method, options, run), pool.store, split, options, header))
+            first_decides(lambda: runs.finish(run, started, kind="pretrain", warnings=warnings))
     return run / "model.safetensors"
 
 
@@ -136,10 +139,20 @@ def _draw_of(store: Store, split: Split, options: Any, protocol: ProtocolOptions
     return draw
 
 
-def _finish(run: Path, model: Path, started: float, warnings: list[str]) -> None:
+def _finish(run: Path, model: Path, store: Store, split: Split, options: TrainingOptions, header: Header) -> None:
+    """The run's model, and what its frozen encoder knows beside that of the network it began as."""
     with replacing(run / "model.safetensors") as temporary:
         shutil.copyfile(model, temporary)
-    runs.finish(run, started, kind="pretrain", warnings=warnings)
+    networks = {name: _fresh_network(options, header) for name in ("pretrained", "random")}
+    transfer(networks["pretrained"], model)
+    with computing(options.threads or torch.get_num_threads(), deterministic=True):
+        probe(networks, store, split.pretrain, split.development, options.seed, run)
+
+
+def _fresh_network(options: TrainingOptions, header: Header) -> SegmentationNetwork:
+    """The network as every stage begins with it, before what earlier stages have trained is put into it."""
+    torch.manual_seed(seed_of(options.seed, "weights"))
+    return build(header.network, header.channels, len(header.labels))
 
 
 def stage_folder(run: Path, number: int, name: str) -> Path:
@@ -160,8 +173,7 @@ def _train_stages(method: Method, options: TrainingOptions, pools: list[Pool], r
     for number, (name, make) in enumerate(method.stages(options), start=1):
         folder = stage_folder(run, number, name)
         folder.mkdir(exist_ok=True)
-        torch.manual_seed(seed_of(options.seed, "weights"))
-        network = build(header.network, header.channels, len(header.labels))
+        network = _fresh_network(options, header)
         if before is not None:
             report = transfer(network, before).as_dict()
             first_decides(partial(write_json, folder / "transfer.json", report))

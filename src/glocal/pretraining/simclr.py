@@ -16,7 +16,8 @@ from glocal.networks.base import SegmentationNetwork
 from glocal.networks.heads import NormedHead, PooledHead
 from glocal.networks.registry import NetworkOptions
 from glocal.networks.unet import UNetOptions
-from glocal.pretraining.base import Method, Stage
+from glocal.options import merged, presets
+from glocal.pretraining.base import Method, Preset, Stage
 from glocal.views.intensity import IntensityOptions
 from glocal.views.spatial import SpatialOptions
 from glocal.views.view import ViewOptions
@@ -27,11 +28,19 @@ AUGMENTATION = ViewOptions(
     intensity=IntensityOptions(brightness=0.4, contrast=0.4, blur=1.5, probability=0.8),
 )
 
+# The smallest batch of the paper and its linear rule, 0.3 x batch / 256; windows of 8 % of the area or more.
+PAPER = {
+    "batch": 256,
+    "learning_rate": 0.3,
+    "augmentation": merged(AUGMENTATION.model_dump(), {"spatial": {"crop": (0.28, 1.0)}}),
+}
+
 
 class Options(TrainingOptions):
     """The paper's symbols and defaults; its learning rate for small batches (appendix B.1)."""
 
     method: Literal["simclr"] = "simclr"
+    preset: Preset = "adopted"
     network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd", "lars"] = "lars"
     learning_rate: float = Field(
@@ -44,6 +53,8 @@ class Options(TrainingOptions):
     outputs: int = Field(128, ge=1, description="width of the embedding")
     head_norm: bool = Field(False, description="batch norm in the head, as the code; the paper has none")
     augmentation: ViewOptions = AUGMENTATION
+
+    _preset = presets({"paper": PAPER})
 
 
 class Encoder(Stage):

@@ -14,7 +14,8 @@ from glocal.networks.base import SegmentationNetwork
 from glocal.networks.heads import NormedHead, Predictor
 from glocal.networks.registry import NetworkOptions
 from glocal.networks.unet import UNetOptions
-from glocal.pretraining.base import Method, Stage
+from glocal.options import presets
+from glocal.pretraining.base import Method, Preset, Stage
 from glocal.pretraining.simclr import AUGMENTATION
 from glocal.views.view import ViewOptions
 
@@ -23,6 +24,7 @@ class Options(TrainingOptions):
     """The paper's symbols and defaults."""
 
     method: Literal["simsiam"] = "simsiam"
+    preset: Preset = "adopted"
     network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd", "lars"] = "sgd"
     learning_rate: float = Field(
@@ -35,6 +37,8 @@ class Options(TrainingOptions):
     outputs: int = Field(2048, ge=1, description="width of the projector f and of the embedding")
     hidden: int = Field(512, ge=1, description="hidden width of the predictor h, narrower than the embedding")
     augmentation: ViewOptions = AUGMENTATION
+
+    _preset = presets({"paper": {"batch": 256, "learning_rate": 0.05}})  # slices that this rate is for
 
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
@@ -53,12 +57,11 @@ def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
 class Encoder(Stage):
     """Trains the encoder; projector and predictor are dropped afterwards."""
 
-    steady = ("predictor",)  # it has to follow what it predicts to the end
-
     def __init__(self, network: SegmentationNetwork, pool: Pool, options: Options) -> None:
         super().__init__(network, pool, options, trained=("encoder",))
         self.head = NormedHead(network.encoder_channels[-1], options.outputs, options.outputs, layers=3, normed=True)
         self.predictor = Predictor(options.outputs, options.hidden)
+        self.steady = {"predictor": options.learning_rate}  # it has to follow what it predicts to the end
 
     def losses(self, step: int) -> dict[str, Tensor]:
         """Eq. 4: each view predicts the other."""

@@ -66,12 +66,11 @@ def triplet_loss(p: Sequence[Tensor], z: Sequence[Tensor]) -> Tensor:
 class Encoder(Stage):
     """Trains the encoder; projector and predictor are dropped afterwards."""
 
-    steady = ("predictor",)
-
     def __init__(self, network: SegmentationNetwork, pool: Pool, options: Options) -> None:
         super().__init__(network, pool, options, trained=("encoder",))
         self.head = NormedHead(network.encoder_channels[-1], options.outputs, options.outputs, layers=3, normed=True)
         self.predictor = Predictor(options.outputs, options.hidden)
+        self.steady = {"predictor": options.learning_rate}
 
     def losses(self, step: int) -> dict[str, Tensor]:
         """The loss of the triplets of a batch."""

@@ -4,6 +4,7 @@ A batch is divided evenly among the prototypes, so that nothing has to repel. It
 the two whole ones, stands here too.
 """
 
+from math import log
 from typing import Literal
 
 import torch
@@ -20,10 +21,18 @@ from glocal.networks.base import SegmentationNetwork
 from glocal.networks.heads import NormedHead
 from glocal.networks.registry import NetworkOptions
 from glocal.networks.unet import UNetOptions
-from glocal.pretraining.base import Method, Stage
+from glocal.options import presets
+from glocal.pretraining.base import Method, Preset, Stage
 from glocal.pretraining.simclr import AUGMENTATION
 from glocal.randomness import generator
 from glocal.views.view import ViewOptions, draw_view
+
+# The paper's small batches: 15 of them in the queue; its 1 and 15 of 200 epochs as iterations of 10,000.
+PAPER = {"batch": 256, "warmup_iterations": 0, "frozen": 50, "queue": 15 * 256, "queue_from": 750, "local_views": 6}
+UNDIVIDED = (
+    "All slices belong to all prototypes alike, so that there is nothing to predict and nothing is learnt: lower "
+    "epsilon (0.02), or weaken augmentation, above all its changes of intensity, in a new run folder."
+)
 
 
 def windowed(low: float, high: float) -> ViewOptions:
@@ -32,9 +41,10 @@ def windowed(low: float, high: float) -> ViewOptions:
 
 
 class Options(TrainingOptions):
-    """Defaults as the paper has them for small batches, but no queue and two crops as the authors' code."""
+    """The authors' code as it is by default, but at its learning rate for 256 slices; the rest for these: `preset`."""
 
     method: Literal["swav"] = "swav"
+    preset: Preset = "adopted"
     network: NetworkOptions = UNetOptions()
     optimizer: Literal["adamw", "adam", "sgd", "lars"] = "lars"
     learning_rate: float = Field(0.6, gt=0, description="the paper's for 256 slices, not divided")
@@ -56,6 +66,8 @@ class Options(TrainingOptions):
     local_size: float = Field(0.43, gt=0, le=1, description="their sides, relative to the image's")
     local_augmentation: ViewOptions = windowed(0.22, 0.37)
 
+    _preset = presets({"paper": PAPER})
+
 
 class Encoder(Stage):
     """Trains the encoder, the head and the prototypes."""
@@ -73,12 +85,14 @@ class Encoder(Stage):
             self.register_buffer("beginning", self.prototypes.weight.detach().clone())
         if options.queue:
             self.register_buffer("queue", torch.zeros(2, options.queue, options.outputs))
+        self._entropy: Tensor | None = None
 
     def losses(self, step: int) -> dict[str, Tensor]:
         """Eq. 1 to 5 of the paper; `entropy`, of the assignments, is what the loss cannot fall below."""
         o: Options = self.options
         with torch.no_grad():
-            # Taking steps back, instead of not taking them, is exact for any optimiser, its decay and its momentum.
+            # Steps are taken back, with their decay, instead of not taken: DistributedDataParallel waits for every
+            # gradient. The optimiser's moments are warm when the prototypes are let go.
             kept = self.beginning if step <= o.frozen and o.frozen else self.prototypes.weight
             self.prototypes.weight.copy_(unit(kept))
         slices = self.pool.epoch(o.batch, o.seed, step)
@@ -92,7 +106,8 @@ class Encoder(Stage):
                 assignments = self._assignments(scores[:2], embeddings[:2], step)
             loss = cross_view_loss(scores, assignments, o.temperature)
         self.watch(embeddings[:2].flatten(0, 1))
-        return {"loss": loss, "entropy": torch.special.entr(assignments).sum(-1).mean()}
+        self._entropy = torch.special.entr(assignments).sum(-1).mean()
+        return {"loss": loss, "entropy": self._entropy}
 
     def _assignments(self, scores: Tensor, embeddings: Tensor, step: int) -> Tensor:
         """Those of the batch (2, B, K), divided among the prototypes together with the queue once that is full."""
@@ -105,8 +120,9 @@ class Encoder(Stage):
         return sinkhorn(scores, o.epsilon, o.sinkhorn_iterations)[:, :batch]
 
     def warning(self) -> str | None:
-        """Collapse, or iterations too few for what is to begin late."""
-        return super().warning() or self._too_late()
+        """Collapse, assignments that tell no slices apart, or iterations too few for what is to begin late."""
+        undivided = self._entropy is not None and float(self._entropy) > 0.99 * log(self.options.prototypes)
+        return super().warning() or (UNDIVIDED if undivided else None) or self._too_late()
 
     def _too_late(self) -> str | None:
         o: Options = self.options

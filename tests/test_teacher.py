@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from glocal.pretraining.teacher import Teacher, rising
+from glocal.teacher import Teacher, rising
 
 
 def modules() -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""A slow copy of the trained modules, which several methods take their targets from (Tarvainen & Valpola 2017)."""
+"""A slow copy of trained modules, which methods and strategies take their targets from (Tarvainen & Valpola 2017)."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -11,8 +11,8 @@ from torch import nn
 class Teacher(nn.ModuleList):
     """Copies of modules that follow them, θ_t ← μ θ_t + (1 − μ) θ_s, and are never trained themselves.
 
-    A stage that has one calls `follow` at the beginning of every step but the first: the state after each step is then
-    that of the checkpoint, so that a run continues exactly.
+    A learner that has one calls `follow` at the beginning of every step but the first: the state after each step is
+    then that of the checkpoint, so that a run continues exactly.
     """
 
     def __init__(self, *students: nn.Module) -> None:
@@ -20,18 +20,20 @@ class Teacher(nn.ModuleList):
         self.requires_grad_(False)
 
     @torch.no_grad()
-    def follow(self, students: Sequence[nn.Module], momentum: float) -> None:
-        """Move towards the students; running statistics of batch norm are taken over as they are.
+    def follow(self, students: Sequence[nn.Module], momentum: float, statistics: bool = True) -> None:
+        """Move towards the students.
 
         Args:
             students: the modules that were copied, in that order.
             momentum: μ in [0, 1]; 1 stays where it is.
+            statistics: running statistics of batch norm are taken over as they are; else the copy gathers its own.
         """
         for mine, theirs in zip(self, students, strict=True):
             weights = [(p, q.detach()) for p, q in zip(mine.parameters(), theirs.parameters(), strict=True)]
             torch._foreach_lerp_([p for p, _ in weights], [q for _, q in weights], 1 - momentum)
             for buffer, other in zip(mine.buffers(), theirs.buffers(), strict=True):
-                buffer.copy_(other)
+                if statistics:
+                    buffer.copy_(other)
 
 
 def rising(start: float, step: int, steps: int) -> float:
