@@ -54,6 +54,24 @@ def test_what_depends_on_the_pixel_alone_is_the_same_in_all_views() -> None:
     assert float((predicted(Ensemble([network], [unmoved]), images) - plain).abs().mean()) > 0.05
 
 
+class Framed(nn.Module):
+    """Sees class 1 along the border of whatever it is shown, class 0 elsewhere."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = torch.zeros(len(images), 2, *images.shape[2:])
+        logits[:, 0] = 20
+        for edge in (logits[..., :1, :], logits[..., -1:, :], logits[..., :1], logits[..., -1:]):
+            edge[:, 1] = 40
+        return logits
+
+
+def test_what_a_network_sees_at_the_border_of_a_view_is_not_drawn_into_the_slice() -> None:
+    found = predicted(Ensemble([Framed()], [moves(TRAINED, (64, 64))]), smooth(1))
+    assert found[0, 1, 0].min() > 0.4
+    inner = found[0, 1, 6:-6, 6:-6]
+    assert 0 < float(inner.max()) < 0.03  # an eighth, if all of a view counted the same
+
+
 def test_views_matter_to_a_network_that_looks_around() -> None:
     torch.manual_seed(0)
     network = folded(build(UNetOptions(widths=(4, 8)), 2, 3))

@@ -41,6 +41,23 @@ PROMISED: dict[tuple[str, str], dict[str, Any]] = {
     ("moco", "paper"): {"batch": 256, "learning_rate": 0.03, "queue": 65536},
     ("byol", "paper"): {"batch": 256},
     ("simsiam", "paper"): {"batch": 256, "learning_rate": 0.05},
+    ("swav", "paper"): {
+        "batch": 256,
+        "warmup_iterations": 0,
+        "frozen": 50,
+        "queue": 3840,
+        "queue_from": 750,
+        "local_views": 6,
+    },
+    ("dino", "paper"): {
+        "batch": 1024,
+        "learning_rate": 0.002,
+        "warmup_iterations": 333,
+        "frozen": 33,
+        "outputs": 65536,
+        "local_views": 10,
+        "augmentation.spatial.crop": [0.63, 1.0],
+    },
 }
 FOUND = [
     (name, preset)
@@ -60,6 +77,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "jcl": {"blocks": 1, "outputs": 8},
     "byol": {"hidden": 16, "outputs": 8},
     "simsiam": {"hidden": 8, "outputs": 16},
+    "swav": {"hidden": 8, "outputs": 8},
+    "dino": {"hidden": 8, "bottleneck": 8},
     "pixel-global": {"pixel_outputs": 4, "passes": 2},
 }
 

@@ -76,13 +76,19 @@ def test_of_other_slices_the_central_square_is_turned(height: int, width: int) -
         assert cut.equal(images[:, :, 2:8])
 
 
-@pytest.mark.parametrize(("angle", "warned"), [(15, False), (45, True)])
+@pytest.mark.parametrize(
+    ("spatial", "named"),
+    [
+        ({"rotation": 15, "flip": [0.5, 0.0]}, []),
+        ({"rotation": 45}, ["rotation=45"]),
+        ({"flip": [0.5, 0.1]}, ["half a turn"]),
+    ],
+)
 def test_views_that_are_turned_already_are_named(
-    angle: int, warned: bool, store: Store, tmp_path: Path, cheap: dict[str, Any]
+    spatial: dict[str, Any], named: list[str], store: Store, tmp_path: Path, cheap: dict[str, Any]
 ) -> None:
-    settings = {**cheap, "method": "rotation", "max_iterations": 1, "batch": 1}
-    settings["augmentation"] = {"spatial": {"rotation": angle}}
+    settings = {**cheap, "method": "rotation", "max_iterations": 1, "batch": 1, "augmentation": {"spatial": spatial}}
     pretrain(store, tmp_path, settings, split=Split(0, ALL, (), ()))
     warnings = manifest_of(tmp_path)["warnings"]
-    assert len(warnings) == warned
-    assert all("rotation=45" in warning for warning in warnings)
+    assert len(warnings) == len(named)
+    assert all(name in warning for name, warning in zip(named, warnings, strict=True))

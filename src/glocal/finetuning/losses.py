@@ -33,13 +33,13 @@ def segmentation_loss(name: LossName) -> SegmentationLoss:
     }
 
     def loss(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        logits = logits.float()
         if name == "ce":
-            return _entropy(logits, target, weight)
-        overlap: Tensor = dice[name](*_weighted(logits.softmax(1), as_probabilities(target, logits.shape[1]), weight))
+            return _entropy(logits.float(), target, weight)
+        probabilities = logits.float().softmax(1)
+        overlap: Tensor = dice[name](*_weighted(probabilities, as_probabilities(target, logits.shape[1]), weight))
         if name in ("dice", "ssl4mis-dice"):
             return overlap
-        both = overlap + _entropy(logits, target, weight)
+        both = overlap + _entropy(logits.float(), target, weight)
         return both / 2 if name == "ssl4mis" else both
 
     return loss
@@ -47,7 +47,7 @@ def segmentation_loss(name: LossName) -> SegmentationLoss:
 
 def as_probabilities(target: Tensor, classes: int) -> Tensor:
     """Label maps `(B, H, W)` -> one-hot float `(B, K, H, W)`; probabilities `(B, K, H, W)` are left as they are."""
-    return target if target.ndim == 4 else one_hot(target, classes).permute(0, 3, 1, 2).float()
+    return target if target.ndim == 4 else one_hot(target, classes).permute(0, 3, 1, 2).float().contiguous()
 
 
 def pixel_mean(values: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -45,7 +45,7 @@ class Mixup(Strategy):
         size = (images.shape[-2], images.shape[-1])
         view = draw_view(o.augmentation, len(slices), size, generator(o.seed, step, "view"))[needed]
         # Contiguous as `whole` makes them, so that sums are taken in one order however many processes there are.
-        targets = as_probabilities(view.labels(labels), len(self.labelled.store.labels)).contiguous()
+        targets = as_probabilities(view.labels(labels), len(self.labelled.store.labels))
         return *mix(view.image(images), targets, place[0], place[1], lam[own]), len(slices)
 
 

@@ -72,13 +72,18 @@ class Encoder(Stage):
 
     def warning(self) -> str | None:
         """Views that are turned already have no answer."""
-        angle = self.options.augmentation.spatial.rotation
-        if angle < 45:
-            return None
-        return (
-            f"augmentation.spatial.rotation={angle:g} turns slices by itself, so that nobody can tell by which of the "
-            "right angles they were turned: keep it below 45."
-        )
+        spatial = self.options.augmentation.spatial
+        if spatial.rotation >= 45:
+            return (
+                f"augmentation.spatial.rotation={spatial.rotation:g} turns slices itself, so that nobody can tell by "
+                "which of the right angles they were turned: keep it below 45."
+            )
+        if all(spatial.flip):
+            return (
+                "augmentation.spatial.flip mirrors slices along both axes, which is half a turn, so that nobody can "
+                "tell 0 from 180 degrees: leave one of its two probabilities at 0."
+            )
+        return None
 
 
 def _stages(options: Any) -> list[tuple[str, Any]]:
