@@ -1,7 +1,7 @@
 """What there is to choose from."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from glocal.finetuning.registry import STRATEGIES
 from glocal.networks.registry import NETWORKS
@@ -16,4 +16,10 @@ KINDS: dict[str, Mapping[str, Any]] = {
 
 def methods() -> dict[str, dict[str, tuple[str, str]]]:
     """Pre-training methods, fine-tuning strategies and networks: for each kind, name -> (summary, paper)."""
-    return {kind: {name: (one.summary, one.paper) for name, one in known.items()} for kind, known in KINDS.items()}
+    return {kind: {name: (_summary(one), one.paper) for name, one in known.items()} for kind, known in KINDS.items()}
+
+
+def _summary(entry: Any) -> str:
+    """What it does, and its presets if it has any."""
+    preset = entry.options.model_fields.get("preset")
+    return str(entry.summary) + (f" (preset={'|'.join(get_args(preset.annotation))})" if preset else "")
