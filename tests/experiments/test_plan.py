@@ -26,7 +26,7 @@ from glocal.experiments.grid import Variant
 from glocal.experiments.plan import Training, jobs_of, plan, store_folder
 from glocal.experiments.trainings import refuse_impossible_draws
 from glocal.files import read_json
-from glocal.finetuning import supervised
+from glocal.finetuning import base
 from glocal.finetuning.finetune import finetune
 from glocal.finetuning.registry import STRATEGIES
 from glocal.networks.registry import NETWORKS
@@ -368,7 +368,7 @@ def test_draws_of_all_labels_differ_in_batches_and_views(
 ) -> None:
     """The volumes are the same, so that without this all draws of a pre-training would be nearly one training."""
     seen: list[Any] = []
-    uniform, draw_view = Pool.uniform, supervised.draw_view
+    uniform, draw_view = Pool.uniform, base.draw_view
 
     def batch(self: Pool, size: int, rng: torch.Generator) -> Any:
         slices = uniform(self, size, rng)
@@ -380,7 +380,7 @@ def test_draws_of_all_labels_differ_in_batches_and_views(
         return draw_view(options, size, shape, rng)
 
     monkeypatch.setattr(Pool, "uniform", batch)
-    monkeypatch.setattr(supervised, "draw_view", one_view)
+    monkeypatch.setattr(base, "draw_view", one_view)
     settings = {**cheap, "labels": "all", "max_iterations": 2, "batch": 8}
     weights, drawn = {}, {}
     for name, draw in (("first", 0), ("again", 0), ("other", 1)):

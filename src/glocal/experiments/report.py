@@ -80,7 +80,7 @@ def _of_finetuning(run: Path) -> Report:
     if provenance["validation"]:
         lead += f" {count(provenance['validation'], 'further labelled volume')} chose the best checkpoint."
         labelled += f" + {len(provenance['validation'])} for validation"
-    figures = [("labelled volumes", labelled)]
+    figures = [("labelled volumes", labelled), ("probabilities", _calibration(provenance))]
     curves = [curve(run, "loss")] + ([curve(run, "validation_dice")] if provenance["validation"] else [])
     sections = [Section("Learning curves", pictures=curves)]
     warnings = _warnings(manifest)
@@ -96,6 +96,11 @@ def _of_finetuning(run: Path) -> Report:
         warnings.append(NO_TEST)
     sections += [*examples(run, model.labels), *weights([run / "transfer.json"]), *closing(run)]
     return Report("Fine-tuning", lead, figures, warnings, sections, _footer(manifest))
+
+
+def _calibration(provenance: dict[str, Any]) -> str:
+    found = provenance.get("calibration")
+    return f"calibrated on {count(range(found['volumes']), 'volume')}" if found else "uncalibrated"
 
 
 def _of_run(run: Path) -> Report:

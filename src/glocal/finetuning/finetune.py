@@ -124,7 +124,9 @@ def _train(
     seeded = options.model_copy(update={"seed": seed_of(options.seed, "training", options.draw)})
     strategy = entry.make(begin, labelled, unlabelled, seeded, run)
     if options.compile:
-        strategy.network.compile_parts()
+        for module in strategy.modules():
+            if isinstance(module, SegmentationNetwork):
+                module.compile_parts()
     validate = Validation(store, draw.validation, run / "best.safetensors", header, device) if draw.validation else None
     warnings = train(strategy, seeded, run, run.name, validate, options.evaluate_every)
     if rank() == 0:

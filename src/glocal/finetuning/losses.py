@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
@@ -34,15 +35,19 @@ def segmentation_loss(name: LossName) -> SegmentationLoss:
 
     def loss(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         if name == "ce":
-            return _entropy(logits.float(), target, weight)
-        probabilities = logits.float().softmax(1)
+            return _entropy(_fine(logits), target, weight)
+        probabilities = _fine(logits).softmax(1)
         overlap: Tensor = dice[name](*_weighted(probabilities, as_probabilities(target, logits.shape[1]), weight))
         if name in ("dice", "ssl4mis-dice"):
             return overlap
-        both = overlap + _entropy(logits.float(), target, weight)
+        both = overlap + _entropy(_fine(logits), target, weight)
         return both / 2 if name == "ssl4mis" else both
 
     return loss
+
+
+def _fine(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def as_probabilities(target: Tensor, classes: int) -> Tensor:
@@ -57,6 +62,7 @@ def pixel_mean(values: Tensor, weight: Tensor | None = None) -> Tensor:
 
 
 def _entropy(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    target = target if target.ndim == 3 else target.to(logits.dtype)
     return pixel_mean(cross_entropy(logits, target, reduction="none"), weight)
 
 
