@@ -8,7 +8,10 @@ import sys
 
 from benchmarks.harness import RESULTS, Row, figure, recorded
 
-ALONE = ("startup", "step", "losses", "dense", "views", "store", "preprocessing", "inference", "metrics", "scale")
+ALONE = (
+    *("startup", "step", "methods", "strategies", "losses", "dense", "views", "store", "preprocessing", "inference"),
+    *("metrics", "scale"),
+)
 WITH_PEERS = ("losses", "dense", "views", "store")
 
 
