@@ -71,5 +71,7 @@ def test_methods_gives_every_registered_name_with_its_paper() -> None:
     found = methods()
     registries = (METHODS, STRATEGIES, NETWORKS)
     assert [set(entries) for entries in found.values()] == [set(registry) for registry in registries]
-    assert found["Pre-training methods"]["pcl"] == (METHODS["pcl"].summary, METHODS["pcl"].paper)
+    known = found["Pre-training methods"]
+    assert known["rotation"] == (METHODS["rotation"].summary, METHODS["rotation"].paper)
+    assert known["pcl"] == (f"{METHODS['pcl'].summary} (preset=adopted|paper)", METHODS["pcl"].paper)
     assert all(summary and paper for entries in found.values() for summary, paper in entries.values())
