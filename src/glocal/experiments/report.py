@@ -95,7 +95,7 @@ def _of_finetuning(run: Path) -> Report:
     else:
         warnings.append(NO_TEST)
     sections += [*examples(run, model.labels), *weights([run / "transfer.json"]), *closing(run)]
-    return Report("Fine-tuning", lead, figures, warnings, sections, _footer(manifest))
+    return Report(f"Fine-tuning: {settings['strategy']}", lead, figures, warnings, sections, _footer(manifest))
 
 
 def _calibration(provenance: dict[str, Any]) -> str:
