@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from glocal.errors import GlocalError
 
@@ -102,6 +102,16 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         below = result.get(key)
         result[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
     return result
+
+
+# A field `preset: Preset = "adopted"` of options, beside `_preset = presets({"paper": {...}})`.
+Preset = Annotated[
+    Literal["adopted", "paper"],
+    Field(
+        exclude=True,  # what it sets is kept instead
+        description="paper: as the paper's text has it, where the defaults do not; sets only what is not given itself",
+    ),
+]
 
 
 def presets(known: Mapping[str, Mapping[str, Any]]) -> Any:

@@ -136,7 +136,7 @@ inpainting 1: {max_iterations: 10000, optimizer: adam, weight_decay: 0.0, warmup
   gradient_clip: 0.0, method: inpainting, network: {}, batch: 40, side: [0.52, 0.52], place: random, over: image,
   augmentation: {}}
 jcl 1: {max_iterations: 10000, optimizer: sgd, learning_rate: 0.01, weight_decay: 1.0e-05, gradient_clip: 0.0, method:
-  jcl, preset: macl, network: {}, batch: 16, blocks: 2, connection: shared, momentum: 0.999, stages: 1, downsampled:
+  jcl, network: {}, batch: 16, blocks: 2, connection: shared, momentum: 0.999, stages: 1, downsampled:
   true, lambda1: 1.0, lambda2: 0.5, lambda3: 1.0, dense: supcon, dominant_pixel_projector: false, outputs: 128,
   threshold: 0.11, position: pcl, temperature: 0.1, scale: supcon, view_groups: 2, fixed: {}, variable: {spatial:
   {rotation: 180.0, scale: [0.7, 1.3], flip: [0.5, 0.5], elastic: 4.0, probability: 0.67}}}
@@ -183,52 +183,52 @@ swav 1: {max_iterations: 10000, optimizer: lars, learning_rate: 0.6, weight_deca
 cps 1: {gradient_clip: 0.0, strategy: cps, network: {}, labels: 2, validation: 0, draw: 0, batch: 10, loss: dice+ce,
   evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1, shift: 0.15, elastic:
   2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}}, unlabelled_batch: 10, weight: 0.1,
-  ramp_up: 0.4, preset: default}
+  ramp_up: 0.4}
 cross-consistency 1: {gradient_clip: 0.0, strategy: cross-consistency, network: {}, labels: 2, validation: 0, draw: 0,
   batch: 10, loss: dice+ce, evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy:
   0.1, shift: 0.15, elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}},
-  unlabelled_batch: 10, weight: 1.0, ramp_up: 0.0, preset: default, decoders: [bilinear, transposed], predict: mean,
+  unlabelled_batch: 10, weight: 1.0, ramp_up: 0.0, decoders: [bilinear, transposed], predict: mean,
   threshold: 0.0}
 mc-net 1: {gradient_clip: 0.0, strategy: mc-net, network: {}, labels: 2, validation: 0, draw: 0, batch: 10, loss:
   dice+ce, evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1, shift: 0.15,
   elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}}, unlabelled_batch: 10,
-  weight: 0.1, ramp_up: 0.4, preset: default, decoders: [bilinear, transposed], predict: mean, temperature: 0.1,
+  weight: 0.1, ramp_up: 0.4, decoders: [bilinear, transposed], predict: mean, temperature: 0.1,
   sharp_grad: true}
 adversarial 1: {gradient_clip: 0.0, strategy: adversarial, network: {}, labels: 2, validation: 0, draw: 0,
   batch: 10, loss: dice+ce, evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy:
-  0.1, shift: 0.15, elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}}, preset:
-  default, unlabelled_batch: 10, weight: 0.1, ramp_up: 0.4, discriminator_rate: 0.0001, width: 64, dropout: 0.5}
+  0.1, shift: 0.15, elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}},
+  unlabelled_batch: 10, weight: 0.1, ramp_up: 0.4, discriminator_rate: 0.0001, width: 64, dropout: 0.5}
 mean-teacher 1: {gradient_clip: 0.0, strategy: mean-teacher, network: {}, labels: 2, validation: 0, draw: 0, batch:
   10, loss: dice+ce, evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1,
   shift: 0.15, elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}},
-  unlabelled_batch: 10, weight: 0.1, ramp_up: 0.4, preset: default, start: 0.03333333333333333, momentum: 0.99,
+  unlabelled_batch: 10, weight: 0.1, ramp_up: 0.4, start: 0.03333333333333333, momentum: 0.99,
   statistics: copied, noise: 0.1, noise_limit: 0.2, predict: student}
 uncertainty-mean-teacher 1: {gradient_clip: 0.0, strategy: uncertainty-mean-teacher, network: {}, labels: 2,
   validation: 0, draw: 0, batch: 10, loss: dice+ce, evaluate_every: 50, augmentation: {spatial: {rotation: 30.0,
   scale: [0.8, 1.3], anisotropy: 0.1, shift: 0.15, elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma:
-  [0.7, 1.5], noise: 0.05}}, unlabelled_batch: 10, weight: 0.1, ramp_up: 0.4, preset: default, momentum: 0.99,
+  [0.7, 1.5], noise: 0.05}}, unlabelled_batch: 10, weight: 0.1, ramp_up: 0.4, momentum: 0.99,
   statistics: copied, noise: 0.1, noise_limit: 0.2, passes: 8, passes_at_once: 2, dropout: 0.1, classes: all, predict:
   student}
 ict 1: {gradient_clip: 0.0, strategy: ict, network: {}, labels: 2, validation: 0, draw: 0, batch: 10, loss: dice+ce,
   evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1, shift: 0.15,
   elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}}, unlabelled_batch: 10,
-  weight: 0.1, ramp_up: 0.4, preset: default, alpha: 0.2, momentum: 0.99, statistics: copied, predict: student}
+  weight: 0.1, ramp_up: 0.4, alpha: 0.2, momentum: 0.99, statistics: copied, predict: student}
 fixmatch 1: {gradient_clip: 0.0, strategy: fixmatch, network: {}, labels: 2, validation: 0, draw: 0, batch: 10, loss:
   dice+ce, evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1, shift:
   0.15, elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}}, unlabelled_batch:
-  10, weight: 1.0, ramp_up: 0.0, preset: default, threshold: 0.95, weak: {spatial: {rotation: 20.0, scale: [0.9, 1.1],
+  10, weight: 1.0, ramp_up: 0.0, threshold: 0.95, weak: {spatial: {rotation: 20.0, scale: [0.9, 1.1],
   shift: 0.05}, intensity: {brightness: 0.05, contrast: 0.1}}, strong: {brightness: 0.3, contrast: 0.5, gamma: [0.5,
   2.0], blur: 2.0, probability: 0.8}, cutmix: 0.5}
 unimatch 1: {gradient_clip: 0.0, strategy: unimatch, network: {}, labels: 2, validation: 0, draw: 0, batch: 10, loss:
   dice+ce, evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1, shift:
   0.15, elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}}, unlabelled_batch:
-  10, weight: 1.0, ramp_up: 0.0, preset: default, threshold: 0.95, mu: 0.5, lambda_fp: 0.5, dropout: 0.5, weak:
+  10, weight: 1.0, ramp_up: 0.0, threshold: 0.95, mu: 0.5, lambda_fp: 0.5, dropout: 0.5, weak:
   {spatial: {rotation: 20.0, scale: [0.9, 1.1], shift: 0.05}, intensity: {brightness: 0.05, contrast: 0.1}}, strong:
   {brightness: 0.3, contrast: 0.5, gamma: [0.5, 2.0], blur: 2.0, probability: 0.8}, cutmix: 0.5}
 bcp 1: {gradient_clip: 0.0, strategy: bcp, network: {}, labels: 2, validation: 0, draw: 0, batch: 10, loss: dice+ce,
   evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1, shift: 0.15,
   elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}}, unlabelled_batch: 10,
-  weight: 0.5, ramp_up: 0.0, preset: default, pretraining: 0.25, beta: 0.6666666666666666, place: random, largest:
+  weight: 0.5, ramp_up: 0.0, pretraining: 0.25, beta: 0.6666666666666666, place: random, largest:
   true, momentum: 0.99, statistics: copied, predict: student}
 mixup 1: {gradient_clip: 0.0, strategy: mixup, network: {}, labels: 2, validation: 0, draw: 0, batch: 10, loss: dice+ce,
   evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1, shift: 0.15,
@@ -243,8 +243,8 @@ supervised 1: {strategy: supervised, network: {}, labels: 2, validation: 0, draw
   elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}}}
 task-augmentation 1: {gradient_clip: 0.0, strategy: task-augmentation, network: {}, labels: 2, validation: 0, draw: 0,
   batch: 10, loss: dice+ce, evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy:
-  0.1, shift: 0.15, elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}}, preset:
-  default, unlabelled_batch: 10, final: 0.5, alone: 0.04, lambda_dsc: 1.0, lambda_adv: 1.0, lambda_l1: 0.001, reach:
+  0.1, shift: 0.15, elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}},
+  unlabelled_batch: 10, final: 0.5, alone: 0.04, lambda_dsc: 1.0, lambda_adv: 1.0, lambda_l1: 0.001, reach:
   0.25, width: 16, mixup: 0.0}
 unet 1: {name: unet, widths: [16, 32, 64, 128, 128, 128]}
 pcl-unet 1: {name: pcl-unet, widths: [32, 64, 128, 256, 512], center_norm: false}
@@ -459,7 +459,11 @@ OPTIONS: dict[str, tuple[type[BaseModel], int]] = {
 
 def defaults(kind: type[BaseModel]) -> dict[str, Any]:
     """Every default as a recipe would say it; of options within options what is not at their own defaults."""
-    fields = {name: field for name, field in kind.model_fields.items() if name not in ("device", "log")}
+    fields = {
+        name: field
+        for name, field in kind.model_fields.items()
+        if name not in ("device", "log") and not field.exclude  # as identities leave them out
+    }
     found = {name: field.default for name, field in fields.items() if not field.is_required()}
     plain: dict[str, Any] = json.loads(
         json.dumps(found, default=lambda options: options.model_dump(exclude_defaults=True))

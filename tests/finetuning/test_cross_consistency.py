@@ -121,7 +121,7 @@ def test_the_paper_s_preset_sets_what_it_states_below_what_is_given() -> None:
     assert (options.optimizer, options.learning_rate, options.schedule) == ("adam", 1e-4, "constant")
     assert (options.loss, options.weight_decay, options.warmup_iterations) == ("ce", 0, 0)
     assert finetuning_options(BASE).loss == "dice+ce"
-    assert finetuning_options(options.model_dump(mode="json")) == options.model_copy(update={"preset": "default"})
+    assert finetuning_options(options.model_dump(mode="json")) == options.model_copy(update={"preset": "adopted"})
 
 
 def test_cross_entropy_alone_is_a_loss_too() -> None:

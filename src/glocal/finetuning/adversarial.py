@@ -1,32 +1,28 @@
 """Adversarial training: a segmentation of unlabelled slices shall look like one of labelled ones (DAN, Zhang 2017)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from glocal.distributed import whole
-from glocal.finetuning.base import SSL4MIS, SemiSupervisedOptions, Strategy, StrategyEntry
+from glocal.finetuning.base import SSL4MIS, ReferencePreset, SemiSupervisedOptions, Strategy, StrategyEntry
 from glocal.finetuning.discriminators import MapDiscriminator, untaught
 from glocal.networks.base import SegmentationNetwork
-from glocal.options import merged
+from glocal.options import presets
 
-PRESETS: dict[str, dict[str, Any]] = {"default": {}, "reference": {**SSL4MIS, "discriminator_rate": 0.01}}
+REFERENCE: dict[str, Any] = {**SSL4MIS, "discriminator_rate": 0.01}
 
 
 class Options(SemiSupervisedOptions):
     """Weight and discriminator are those of SSL4MIS (Luo et al., code)."""
 
     strategy: Literal["adversarial"] = "adversarial"
-    preset: Literal["default", "reference"] = Field(
-        "default",
-        exclude=True,  # what it sets is kept instead: a run is what it computes, however that was asked for
-        description="reference: optimiser, batches, loss, ramp-up and augmentation of SSL4MIS; sets only what is not "
-        "given itself",
-    )
+    preset: ReferencePreset = "adopted"
+    _preset = presets({"reference": REFERENCE})
     weight: float = Field(0.1, ge=0, description="of deceiving the discriminator, after the ramp-up")
     discriminator_rate: float = Field(
         1e-4, gt=0, description="learning rate of the discriminator, constant; SGD needs a larger one"
@@ -35,12 +31,6 @@ class Options(SemiSupervisedOptions):
         64, ge=1, description="channels of the discriminator's first layer; it ends with 8 times as many"
     )
     dropout: float = Field(0.5, ge=0, lt=1, description="in the discriminator, while it learns")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _preset(cls, given: Any) -> Any:
-        """The preset's values below what is given."""
-        return merged(PRESETS.get(str(given.get("preset")), {}), given) if isinstance(given, Mapping) else given
 
 
 class Adversarial(Strategy):

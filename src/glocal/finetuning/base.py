@@ -50,13 +50,24 @@ class FinetuningOptions(TrainingOptions):
     )
 
 
+Ramp = Annotated[float, Field(ge=0, le=1, description="share of the training over which the weight rises to `weight`")]
+
+
 class SemiSupervisedOptions(FinetuningOptions):
     """What a strategy has that learns from unlabelled slices too."""
 
     unlabelled_batch: int = Field(10, ge=1, description="unlabelled slices per step, beside those of `batch`")
     weight: float = Field(1.0, ge=0, description="of what is learnt from unlabelled slices, after the ramp-up")
-    ramp_up: float = Field(0.4, ge=0, le=1, description="share of the training over which the weight rises to `weight`")
+    ramp_up: Ramp = 0.4
 
+
+ReferencePreset = Annotated[
+    Literal["adopted", "reference"],
+    Field(
+        exclude=True,  # what it sets is kept instead
+        description="reference: as the authors' code (of most, SSL4MIS) trains; sets only what is not given itself",
+    ),
+]
 
 # What SSL4MIS (Luo et al., code) trains with, but for what its strategies differ in: their preset `reference`.
 SSL4MIS: dict[str, Any] = {

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from glocal.distributed import share, whole
-from glocal.finetuning.base import SSL4MIS, SemiSupervisedOptions, Strategy, StrategyEntry
+from glocal.finetuning.base import SSL4MIS, Ramp, ReferencePreset, SemiSupervisedOptions, Strategy, StrategyEntry
 from glocal.finetuning.consistency import Predictor, Statistics, chosen, paste, rectangles
 from glocal.networks.base import SegmentationNetwork
 from glocal.options import presets
@@ -22,12 +22,7 @@ class Options(SemiSupervisedOptions):
     """The paper's symbols; of the training, a quarter is its first phase, as in the code for hearts."""
 
     strategy: Literal["bcp"] = "bcp"
-    preset: Literal["default", "reference"] = Field(
-        "default",
-        exclude=True,  # what it sets is kept instead: a run is what it computes, however that was asked for
-        description="reference: optimiser, batches, loss, iterations and augmentation of the code for hearts; sets "
-        "only what is not given itself",
-    )
+    preset: ReferencePreset = "adopted"
     _preset = presets(
         {"reference": {**SSL4MIS, "weight": 0.5, "ramp_up": 0.0, "max_iterations": 40_000, "schedule": "constant"}}
     )
@@ -37,15 +32,13 @@ class Options(SemiSupervisedOptions):
         0.25, ge=0, lt=1, description="share of the training on labelled slices alone, pasted into each other"
     )
     weight: float = Field(0.5, ge=0, description="alpha: of unlabelled pixels; labelled ones have 1")
-    ramp_up: float = Field(0.0, ge=0, le=1, description="share of the training over which the weight rises to `weight`")
+    ramp_up: Ramp = 0.0
     beta: float = Field(2 / 3, gt=0, le=1, description="sides of the pasted rectangle, as a share of the image's")
     place: Literal["random", "centre"] = Field("random", description="where the rectangle lies")
     largest: bool = Field(True, description="of each class the teacher sees in a slice, only the largest piece counts")
     momentum: float = Field(0.99, ge=0, le=1, description="of the teacher")
-    statistics: Statistics = Field(
-        "copied", description="running statistics of the teacher's batch norm: the student's, or its own"
-    )
-    predict: Predictor = Field("student", description="who is kept and predicts")
+    statistics: Statistics = "copied"
+    predict: Predictor = "student"
 
 
 class CopyPaste(Strategy):

@@ -1,9 +1,10 @@
 """What strategies share that learn to agree with their own predictions: teachers, noise, confidence, mixed images."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from glocal.distributed import share, whole
@@ -12,8 +13,11 @@ from glocal.teacher import Teacher
 from glocal.views.intensity import IntensityOptions, draw_intensity
 from glocal.views.ranges import moved, uniform
 
-Statistics = Literal["copied", "own"]  # of the teacher's batch norm: the student's, or gathered by itself
-Predictor = Literal["student", "teacher"]
+Statistics = Annotated[
+    Literal["copied", "own"],
+    Field(description="running statistics of the teacher's batch norm: the student's, or its own"),
+]
+Predictor = Annotated[Literal["student", "teacher"], Field(description="who is kept and predicts")]
 
 
 def follow(teacher: Teacher, network: Any, step: int, momentum: float, statistics: Statistics) -> None:

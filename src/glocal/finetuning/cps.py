@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from glocal.finetuning.base import SSL4MIS, SemiSupervisedOptions, Strategy, StrategyEntry
+from glocal.finetuning.base import SSL4MIS, ReferencePreset, SemiSupervisedOptions, Strategy, StrategyEntry
 from glocal.finetuning.consistency import confident
 from glocal.networks.base import SegmentationNetwork
 from glocal.options import presets
@@ -19,12 +19,7 @@ class Options(SemiSupervisedOptions):
     """The weight is that of SSL4MIS (Luo et al., code)."""
 
     strategy: Literal["cps"] = "cps"
-    preset: Literal["default", "reference"] = Field(
-        "default",
-        exclude=True,  # what it sets is kept instead: a run is what it computes, however that was asked for
-        description="reference: optimiser, batches, loss, ramp-up and augmentation of SSL4MIS; sets only what is not "
-        "given itself",
-    )
+    preset: ReferencePreset = "adopted"
     _preset = presets({"reference": SSL4MIS})
     weight: float = Field(0.1, ge=0, description="of what is learnt from unlabelled slices, after the ramp-up")
 

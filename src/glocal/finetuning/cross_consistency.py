@@ -6,11 +6,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from glocal.finetuning.base import SemiSupervisedOptions, Strategy, StrategyEntry
+from glocal.finetuning.base import Ramp, SemiSupervisedOptions, Strategy, StrategyEntry
 from glocal.finetuning.cps import cross_pseudo_supervision
 from glocal.networks.blocks import Up
 from glocal.networks.several_decoders import Decoders, SeveralDecoders, with_decoders
-from glocal.options import presets
+from glocal.options import Preset, presets
 
 # The paper says no more than loss, optimiser and learning rate; iterations are as many as of its pre-training here.
 PAPER: dict[str, Any] = {
@@ -28,13 +28,9 @@ class Options(SemiSupervisedOptions):
     """Both sets weigh the same from the first iteration, and every arg max is believed."""
 
     strategy: Literal["cross-consistency"] = "cross-consistency"
-    preset: Literal["default", "paper"] = Field(
-        "default",
-        exclude=True,  # what it sets is kept instead: a run is what it computes, however that was asked for
-        description="paper: its loss, optimiser and learning rate; sets only what is not given itself",
-    )
+    preset: Preset = "adopted"
     _preset = presets({"paper": PAPER})
-    ramp_up: float = Field(0.0, ge=0, le=1, description="share of the training over which the weight rises to `weight`")
+    ramp_up: Ramp = 0.0
     decoders: Decoders = ("bilinear", "transposed")
     predict: Literal["mean"] | Up = Field("mean", description="the mean of the decoders' probabilities, or one of them")
     threshold: float = Field(

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from glocal.distributed import whole
-from glocal.finetuning.base import SSL4MIS, SemiSupervisedOptions, Strategy, StrategyEntry
+from glocal.finetuning.base import SSL4MIS, Ramp, ReferencePreset, SemiSupervisedOptions, Strategy, StrategyEntry
 from glocal.finetuning.consistency import confident, strong_view
 from glocal.options import presets
 from glocal.randomness import generator
@@ -28,14 +28,9 @@ class Options(SemiSupervisedOptions):
     """Threshold and weight are the paper's, CutMix that of UniMatch (Yang et al. 2023)."""
 
     strategy: Literal["fixmatch"] = "fixmatch"
-    preset: Literal["default", "reference"] = Field(
-        "default",
-        exclude=True,  # what it sets is kept instead: a run is what it computes, however that was asked for
-        description="reference: optimiser, batches, loss and augmentation of SSL4MIS, which UniMatch took over for "
-        "hearts; sets only what is not given itself",
-    )
+    preset: ReferencePreset = "adopted"
     _preset = presets({"reference": {**SSL4MIS, "weight": 1.0, "ramp_up": 0.0, "weak": SSL4MIS["augmentation"]}})
-    ramp_up: float = Field(0.0, ge=0, le=1, description="share of the training over which the weight rises to `weight`")
+    ramp_up: Ramp = 0.0
     threshold: float = Field(0.95, ge=0, le=1, description="tau: pixels of which the network is less sure do not count")
     weak: ViewOptions = Field(WEAK, description="the view of an unlabelled slice that is labelled by the network")
     strong: IntensityOptions = Field(STRONG, description="changes of its values in the view that is learnt from")

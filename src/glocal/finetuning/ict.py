@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from glocal.distributed import share, whole
-from glocal.finetuning.base import SSL4MIS, SemiSupervisedOptions, Strategy, StrategyEntry
+from glocal.finetuning.base import SSL4MIS, ReferencePreset, SemiSupervisedOptions, Strategy, StrategyEntry
 from glocal.finetuning.consistency import Predictor, Statistics, chosen, follow, probabilities
 from glocal.finetuning.mixup import draw_mixtures
 from glocal.networks.base import SegmentationNetwork
@@ -21,21 +21,14 @@ class Options(SemiSupervisedOptions):
     """The method's constants are those of SSL4MIS (Luo et al., code)."""
 
     strategy: Literal["ict"] = "ict"
-    preset: Literal["default", "reference"] = Field(
-        "default",
-        exclude=True,  # what it sets is kept instead: a run is what it computes, however that was asked for
-        description="reference: optimiser, batches, loss, ramp-up, augmentation and teacher of SSL4MIS; sets only what "
-        "is not given itself",
-    )
+    preset: ReferencePreset = "adopted"
     _preset = presets({"reference": {**SSL4MIS, "statistics": "own"}})
     unlabelled_batch: int = Field(10, ge=2, description="unlabelled slices per step, of which every two are mixed")
     weight: float = Field(0.1, ge=0, description="of what is learnt from unlabelled slices, after the ramp-up")
     alpha: float = Field(0.2, gt=0, description="small: most mixtures are nearly one of their two slices; 1: any share")
     momentum: float = Field(0.99, ge=0, le=1, description="of the teacher; in the first steps 1 - 1 / step")
-    statistics: Statistics = Field(
-        "copied", description="running statistics of the teacher's batch norm: the student's, or its own"
-    )
-    predict: Predictor = Field("student", description="who is kept and predicts")
+    statistics: Statistics = "copied"
+    predict: Predictor = "student"
 
 
 class InterpolationConsistency(Strategy):

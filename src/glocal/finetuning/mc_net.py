@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from glocal.finetuning.base import SSL4MIS, SemiSupervisedOptions, Strategy, StrategyEntry
+from glocal.finetuning.base import SSL4MIS, ReferencePreset, SemiSupervisedOptions, Strategy, StrategyEntry
 from glocal.finetuning.consistency import probabilities
 from glocal.networks.blocks import Up
 from glocal.networks.several_decoders import Decoders, SeveralDecoders, with_decoders
@@ -19,12 +19,7 @@ class Options(SemiSupervisedOptions):
     """The paper's two decoders; MC-Net+ has the third, `decoders=[bilinear, transposed, nearest]`."""
 
     strategy: Literal["mc-net"] = "mc-net"
-    preset: Literal["default", "reference"] = Field(
-        "default",
-        exclude=True,  # what it sets is kept instead: a run is what it computes, however that was asked for
-        description="reference: the released code's optimiser, batches, loss, ramp-up, augmentation and predicting "
-        "decoder; sets only what is not given itself",
-    )
+    preset: ReferencePreset = "adopted"
     _preset = presets({"reference": {**SSL4MIS, "loss": "ssl4mis-dice", "predict": "bilinear"}})
     weight: float = Field(0.1, ge=0, description="of the decoders' agreement, after the ramp-up")
     decoders: Decoders = ("bilinear", "transposed")

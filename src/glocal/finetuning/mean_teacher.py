@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from glocal.distributed import whole
-from glocal.finetuning.base import SSL4MIS, SemiSupervisedOptions, Strategy, StrategyEntry
+from glocal.finetuning.base import SSL4MIS, ReferencePreset, SemiSupervisedOptions, Strategy, StrategyEntry
 from glocal.finetuning.consistency import Predictor, Statistics, chosen, follow, noisy, probabilities
 from glocal.networks.base import SegmentationNetwork
 from glocal.options import presets
@@ -19,22 +19,15 @@ class Options(SemiSupervisedOptions):
     """The method's constants are those of SSL4MIS (Luo et al., code)."""
 
     strategy: Literal["mean-teacher"] = "mean-teacher"
-    preset: Literal["default", "reference"] = Field(
-        "default",
-        exclude=True,  # what it sets is kept instead: a run is what it computes, however that was asked for
-        description="reference: optimiser, batches, loss, ramp-up, augmentation and teacher of SSL4MIS; sets only what "
-        "is not given itself",
-    )
+    preset: ReferencePreset = "adopted"
     _preset = presets({"reference": {**SSL4MIS, "statistics": "own"}})
     weight: float = Field(0.1, ge=0, description="of what is learnt from unlabelled slices, after the ramp-up")
     start: float = Field(1 / 30, ge=0, le=1, description="share of the training before the teacher is listened to")
     momentum: float = Field(0.99, ge=0, le=1, description="alpha of the teacher; in the first steps 1 - 1 / step")
-    statistics: Statistics = Field(
-        "copied", description="running statistics of the teacher's batch norm: the student's, or its own"
-    )
+    statistics: Statistics = "copied"
     noise: float = Field(0.1, ge=0, description="standard deviation of the noise that the teacher's images get")
     noise_limit: float = Field(0.2, ge=0, description="largest noise")
-    predict: Predictor = Field("student", description="who is kept and predicts")
+    predict: Predictor = "student"
 
 
 class MeanTeacher(Strategy):

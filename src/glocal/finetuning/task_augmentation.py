@@ -5,38 +5,35 @@ too, while discriminators hold their images to what unlabelled slices look like,
 them from changing nothing. Then they stand still, and a fresh network learns from what they make of labelled slices.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from glocal.distributed import share, whole
-from glocal.finetuning.base import BothBatches, FinetuningOptions, Strategy, StrategyEntry
+from glocal.finetuning.base import BothBatches, FinetuningOptions, ReferencePreset, Strategy, StrategyEntry
 from glocal.finetuning.discriminators import ImageDiscriminator, untaught
 from glocal.finetuning.generators import NOISE, Deformation, Intensity
 from glocal.finetuning.losses import as_probabilities
 from glocal.finetuning.mixup import draw_mixtures, mix
 from glocal.networks.base import SegmentationNetwork
-from glocal.options import merged
+from glocal.options import presets
 from glocal.randomness import generator
 from glocal.views.ranges import moved
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "reference": {
-        "batch": 20,
-        "unlabelled_batch": 20,
-        "max_iterations": 20_000,
-        "optimizer": "adam",
-        "weight_decay": 0.0,
-        "warmup_iterations": 0,
-        "schedule": "constant",
-        "loss": "ce",
-        "augmentation": {"spatial": {"rotation": 15, "scale": (0.95, 1.05), "flip": (0.0, 0.5)}},
-    },
+REFERENCE: dict[str, Any] = {
+    "batch": 20,
+    "unlabelled_batch": 20,
+    "max_iterations": 20_000,
+    "optimizer": "adam",
+    "weight_decay": 0.0,
+    "warmup_iterations": 0,
+    "schedule": "constant",
+    "loss": "ce",
+    "augmentation": {"spatial": {"rotation": 15, "scale": (0.95, 1.05), "flip": (0.0, 0.5)}},
 }
 
 
@@ -44,12 +41,8 @@ class Options(FinetuningOptions):
     """Weights, noise and shares of the batch are those of the released code."""
 
     strategy: Literal["task-augmentation"] = "task-augmentation"
-    preset: Literal["default", "reference"] = Field(
-        "default",
-        exclude=True,  # what it sets is kept instead: a run is what it computes, however that was asked for
-        description="reference: optimiser, batches, iterations and augmentation of the released code, and "
-        "cross-entropy; sets only what is not given itself",
-    )
+    preset: ReferencePreset = "adopted"
+    _preset = presets({"reference": REFERENCE})
     unlabelled_batch: int = Field(10, ge=1, description="unlabelled slices per step, while the generators learn")
     final: float = Field(0.5, gt=0, lt=1, description="share of the training that is left to the final network")
     alone: float = Field(
@@ -61,12 +54,6 @@ class Options(FinetuningOptions):
     reach: float = Field(0.25, gt=0, description="no pixel moves further than this share of the image's side")
     width: int = Field(16, ge=1, description="channels of generators and discriminators where they have fewest")
     mixup: float = Field(0.0, ge=0, description="alpha of mixup on top of the final network's batches; 0: none")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _preset(cls, given: Any) -> Any:
-        """The preset's values below what is given."""
-        return merged(PRESETS.get(str(given.get("preset")), {}), given) if isinstance(given, Mapping) else given
 
 
 class TaskAugmentation(Strategy):

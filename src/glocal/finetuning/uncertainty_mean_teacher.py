@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from glocal.distributed import whole
-from glocal.finetuning.base import SSL4MIS, SemiSupervisedOptions, Strategy, StrategyEntry, ramp_up
+from glocal.finetuning.base import SSL4MIS, ReferencePreset, SemiSupervisedOptions, Strategy, StrategyEntry, ramp_up
 from glocal.finetuning.consistency import Predictor, Statistics, chosen, follow, logits_of, noisy, probabilities
 from glocal.finetuning.losses import pixel_mean
 from glocal.networks.base import SegmentationNetwork
@@ -22,18 +22,11 @@ class Options(SemiSupervisedOptions):
     """The method's constants are those of SSL4MIS (Luo et al., code)."""
 
     strategy: Literal["uncertainty-mean-teacher"] = "uncertainty-mean-teacher"
-    preset: Literal["default", "reference"] = Field(
-        "default",
-        exclude=True,  # what it sets is kept instead: a run is what it computes, however that was asked for
-        description="reference: optimiser, batches, loss, ramp-up, augmentation, teacher and factors of SSL4MIS; sets "
-        "only what is not given itself",
-    )
+    preset: ReferencePreset = "adopted"
     _preset = presets({"reference": {**SSL4MIS, "statistics": "own", "classes": "two", "dropout": 0.0}})
     weight: float = Field(0.1, ge=0, description="of what is learnt from unlabelled slices, after the ramp-up")
     momentum: float = Field(0.99, ge=0, le=1, description="alpha of the teacher; in the first steps 1 - 1 / step")
-    statistics: Statistics = Field(
-        "copied", description="running statistics of the teacher's batch norm: the student's, or its own"
-    )
+    statistics: Statistics = "copied"
     noise: float = Field(0.1, ge=0, description="standard deviation of the noise that the teacher's images get")
     noise_limit: float = Field(0.2, ge=0, description="largest noise")
     passes: int = Field(8, ge=1, description="T: random predictions of the teacher, from which its uncertainty comes")
@@ -44,7 +37,7 @@ class Options(SemiSupervisedOptions):
     classes: Literal["all", "two"] = Field(
         "all", description="two: ln 2 and the sum over classes halved, whatever their number, as the code has it"
     )
-    predict: Predictor = Field("student", description="who is kept and predicts")
+    predict: Predictor = "student"
 
 
 class UncertaintyMeanTeacher(Strategy):

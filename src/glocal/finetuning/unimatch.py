@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from glocal.distributed import whole
-from glocal.finetuning.base import SSL4MIS, SemiSupervisedOptions, Strategy, StrategyEntry
+from glocal.finetuning.base import SSL4MIS, Ramp, ReferencePreset, SemiSupervisedOptions, Strategy, StrategyEntry
 from glocal.finetuning.consistency import channel_dropout, confident, logits_of, strong_view
 from glocal.finetuning.fixmatch import STRONG, WEAK
 from glocal.finetuning.losses import segmentation_loss
@@ -22,14 +22,9 @@ class Options(SemiSupervisedOptions):
     """The paper's symbols; their values are those for hearts."""
 
     strategy: Literal["unimatch"] = "unimatch"
-    preset: Literal["default", "reference"] = Field(
-        "default",
-        exclude=True,  # what it sets is kept instead: a run is what it computes, however that was asked for
-        description="reference: optimiser, batches, loss and augmentation of the code for hearts; sets only what is "
-        "not given itself",
-    )
+    preset: ReferencePreset = "adopted"
     _preset = presets({"reference": {**SSL4MIS, "weight": 1.0, "ramp_up": 0.0, "weak": SSL4MIS["augmentation"]}})
-    ramp_up: float = Field(0.0, ge=0, le=1, description="share of the training over which the weight rises to `weight`")
+    ramp_up: Ramp = 0.0
     threshold: float = Field(0.95, ge=0, le=1, description="tau: pixels of which the network is less sure do not count")
     mu: float = Field(0.5, ge=0, description="weight of the two strong views together")
     lambda_fp: float = Field(0.5, ge=0, description="lambda: weight of the view of thinned-out features")

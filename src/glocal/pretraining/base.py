@@ -16,15 +16,6 @@ from glocal.networks.base import SegmentationNetwork
 from glocal.randomness import generator
 from glocal.views.view import ViewOptions, draw_view
 
-# A field `preset: Preset = "adopted"` of a method, beside `_preset = presets({"paper": {...}})` of `glocal.options`.
-Preset = Annotated[
-    Literal["adopted", "paper"],
-    Field(
-        exclude=True,  # what it sets is kept instead
-        description="paper: as the paper's text has it, where the defaults do not; sets only what is not given itself",
-    ),
-]
-
 COLLAPSED = (
     "All embeddings have become equal: the pre-training has collapsed and its weights are worth no more than random "
     "ones. Lower learning_rate, raise warmup_iterations or temperature, or use a larger batch, in a new run folder."

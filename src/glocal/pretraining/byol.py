@@ -16,8 +16,8 @@ from glocal.networks.base import SegmentationNetwork
 from glocal.networks.heads import NormedHead, Predictor
 from glocal.networks.registry import NetworkOptions
 from glocal.networks.unet import UNetOptions
-from glocal.options import presets
-from glocal.pretraining.base import Method, Preset, Stage
+from glocal.options import Preset, presets
+from glocal.pretraining.base import Method, Stage
 from glocal.pretraining.simclr import AUGMENTATION
 from glocal.pretraining.simsiam import negative_cosine
 from glocal.teacher import Teacher, rising

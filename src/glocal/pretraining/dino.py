@@ -18,8 +18,8 @@ from glocal.engine import TrainingOptions
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.registry import NetworkOptions
 from glocal.networks.unet import UNetOptions
-from glocal.options import presets
-from glocal.pretraining.base import Method, Preset, Stage
+from glocal.options import Preset, presets
+from glocal.pretraining.base import Method, Stage
 from glocal.pretraining.swav import cross_view_loss, multi_crop, pooled_features, windowed
 from glocal.teacher import Teacher, rising
 from glocal.views.view import ViewOptions

@@ -29,8 +29,8 @@ from glocal.networks.base import SegmentationNetwork
 from glocal.networks.heads import DenseHead, GlobalHead
 from glocal.networks.registry import NetworkOptions
 from glocal.networks.unet import UNetOptions
-from glocal.options import presets
-from glocal.pretraining.base import Method, Preset, Stage
+from glocal.options import Preset, presets
+from glocal.pretraining.base import Method, Stage
 from glocal.randomness import generator
 from glocal.views.intensity import IntensityOptions
 from glocal.views.spatial import SpatialOptions

@@ -22,8 +22,8 @@ from glocal.networks.heads import GlobalHead, PooledHead
 from glocal.networks.pcl_unet import PCLUNetOptions
 from glocal.networks.registry import NetworkOptions
 from glocal.networks.unet import UNetOptions
-from glocal.options import presets
-from glocal.pretraining.base import Method, Preset, Stage
+from glocal.options import Preset, presets
+from glocal.pretraining.base import Method, Stage
 from glocal.views.intensity import IntensityOptions
 from glocal.views.spatial import SpatialOptions
 from glocal.views.view import ViewOptions

@@ -25,8 +25,8 @@ from glocal.networks.heads import DenseHead, NormedHead
 from glocal.networks.registry import NetworkOptions, build
 from glocal.networks.resnet50_unet import ResNet50UNetOptions
 from glocal.networks.unet import UNetOptions
-from glocal.options import presets
-from glocal.pretraining.base import COLLAPSED, Method, Preset, Stage
+from glocal.options import Preset, presets
+from glocal.pretraining.base import COLLAPSED, Method, Stage
 from glocal.randomness import generator, seed_of
 from glocal.teacher import Teacher, rising
 from glocal.uncertainty import Dropout, mean_uncertainty

@@ -16,8 +16,8 @@ from glocal.networks.base import SegmentationNetwork
 from glocal.networks.heads import NormedHead, PooledHead
 from glocal.networks.registry import NetworkOptions
 from glocal.networks.unet import UNetOptions
-from glocal.options import merged, presets
-from glocal.pretraining.base import Method, Preset, Stage
+from glocal.options import Preset, merged, presets
+from glocal.pretraining.base import Method, Stage
 from glocal.views.intensity import IntensityOptions
 from glocal.views.spatial import SpatialOptions
 from glocal.views.view import ViewOptions
