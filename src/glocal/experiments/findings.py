@@ -17,7 +17,7 @@ from glocal.evaluation.significance import (
     unit_sentence,
 )
 from glocal.experiments.design import Experiment
-from glocal.experiments.layout import METRIC_NAMES, TableOptions, lay_out
+from glocal.experiments.layout import METRIC_NAMES, TableOptions, lay_out, p_value
 from glocal.experiments.plan import Training
 from glocal.experiments.results import values_of
 from glocal.experiments.sections import shown_slice
@@ -151,7 +151,7 @@ def ranks_of(design: Experiment, finding: Finding) -> Iterator[tuple[str, pd.Dat
             found = critical_difference(values, statistics.level, finding.higher_is_better)
             text = (
                 f"Mean ranks over {found.units} subjects, {group}: methods under one bar do not differ by "
-                f"more than the critical difference (Nemenyi); Friedman p = {found.friedman_p:.2g}"
+                f"more than the critical difference (Nemenyi); Friedman {p_value(found.friedman_p)}"
             )
             picture = Picture(
                 text, comparisons.critical_difference_diagram(found.ranks, found.difference), "svg", wide=True

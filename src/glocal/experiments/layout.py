@@ -136,7 +136,8 @@ def lay_out(
         reported = [record.get("paper", float("nan")) for record in column]
         if any(map(pd.notna, reported)):
             header.append((*path, "paper"))
-            columns.append([Cell("" if pd.isna(value) else f"{value:g}") for value in reported])
+            decimals = max(len(f"{value:g}".partition(".")[2]) for value in reported)
+            columns.append([Cell("" if pd.isna(value) else f"{value:.{decimals}f}") for value in reported])
     cells, row_names = list(zip(*columns, strict=True)), [words.of(options.rows, key) for key in row_keys]
     structure = "mean over classes" if options.structure == "mean" else names.get(options.structure, options.structure)
     measured = f"{METRIC_NAMES[options.metric]}, {structure}, {options.checkpoint} checkpoint"
@@ -238,7 +239,7 @@ def _mean(record: Record, options: TableOptions) -> str:
 def _beside(record: Record, kind: str, digits: int) -> str:
     """What stands below a mean; empty where there is nothing to say, as on the baseline itself."""
     if kind == "p":
-        return "" if pd.isna(record["p_holm"]) else f"p = {record['p_holm']:.3f}".replace("= 0.000", "< 0.001")
+        return "" if pd.isna(record["p_holm"]) else p_value(record["p_holm"])
     if kind == "better":
         return "" if pd.isna(record["pairs"]) else f"{record['better']:.0f} of {record['pairs']:.0f}"
     prefix = {"interval": "", "difference": "difference_"}.get(kind, f"{kind}_")
@@ -248,6 +249,11 @@ def _beside(record: Record, kind: str, digits: int) -> str:
     if kind == "difference":
         return "" if pd.isna(record[kind]) else f"Δ {_signed(record[kind], form)} {interval}".strip()
     return f"{kind} {interval}" if interval and prefix else interval
+
+
+def p_value(p: float) -> str:
+    """A p as papers print it."""
+    return f"p = {p:.3f}".replace("= 0.000", "< 0.001")
 
 
 def _signed(value: float, form: str) -> str:
