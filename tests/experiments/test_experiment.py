@@ -556,8 +556,8 @@ def test_an_estimate_groups_what_costs_the_same(tmp_path: Path) -> None:
         write_json(job.folder / "manifest.json", {})
     kinds = estimate([*tuned, before, done], Here(), tmp_path / "out")
     assert [(k.name, len(k.jobs), len(k.open_jobs)) for k in kinds] == [
-        ("fine-tuning, supervised", 4, 3),
-        ("fine-tuning, supervised", 1, 1),
+        ("fine-tuning, supervised (batch=2)", 4, 3),
+        ("fine-tuning, supervised (batch=4)", 1, 1),
         ("pre-training, pcl", 1, 1),
         ("pre-training, gcl", 1, 0),
     ]

@@ -90,6 +90,7 @@ def test_a_whole_nested_table_in_latex() -> None:
         r"\begin{table}",
         r"\centering",
         r"\caption{Dice, mean over classes, last checkpoint.}",
+        r"\smallskip",
         r"\begin{tabular}{lccc}",
         r"\toprule",
         r" & \multicolumn{1}{c}{none} & \multicolumn{2}{c}{mixup} \\",

@@ -34,7 +34,7 @@ def test_markdown() -> None:
 
 
 def test_latex() -> None:
-    assert latex(layout("G^D−")).splitlines()[6:] == [
+    assert latex(layout("G^D−")).splitlines()[7:] == [
         r" & \multicolumn{2}{c}{2 labels} \\",
         r"\cmidrule(lr){2-3}",
         r"contender & ours & paper \\",

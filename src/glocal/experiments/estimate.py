@@ -66,7 +66,8 @@ def estimate(jobs: Sequence[Job], executor: Executors, out: Path) -> list[Kind]:
         facts = {kind: _facts(of, failures) for kind, of in probes.items()}
     finally:
         rmtree(folder, ignore_errors=True)
-    return [Kind(_name(found[0]), tuple(found), **facts.get(kind, {})) for kind, found in kinds.items()]
+    names = dict(zip(kinds, _names([found[0] for found in kinds.values()]), strict=True))
+    return [Kind(names[kind], tuple(found), **facts.get(kind, {})) for kind, found in kinds.items()]
 
 
 def _facts(probes: Sequence[Job], failures: Sequence[Failure]) -> dict[str, Any]:
@@ -79,10 +80,29 @@ def _facts(probes: Sequence[Job], failures: Sequence[Failure]) -> dict[str, Any]
 
 def _kind(job: Job) -> str:
     """What a training's time depends on, and nothing else."""
-    settings = {
-        k: v for k, v in job.arguments["settings"].items() if k not in ("labels", "draw", "seed", "max_iterations")
-    }
-    return json.dumps([job.folder.parent.name, str(job.arguments["store"]), settings], sort_keys=True, default=str)
+    return json.dumps([job.folder.parent.name, str(job.arguments["store"]), _paid(job)], sort_keys=True, default=str)
+
+
+def _paid(job: Job) -> dict[str, Any]:
+    """The settings on which the time of an iteration depends."""
+    free = ("labels", "draw", "seed", "max_iterations")
+    return {key: value for key, value in job.arguments["settings"].items() if key not in free}
+
+
+def _names(jobs: Sequence[Job]) -> list[str]:
+    """What kinds are called; those that would be called the same say in which plain settings they differ."""
+    names = [_name(job) for job in jobs]
+    told = []
+    for name, job in zip(names, jobs, strict=True):
+        alike = [_paid(other) for other, same in zip(jobs, names, strict=True) if same == name]
+        settings = _paid(job)
+        differ = [
+            f"{key}={settings[key]}"
+            for key in sorted(settings)
+            if isinstance(settings[key], str | int | float) and any(one.get(key) != settings[key] for one in alike)
+        ]
+        told.append(f"{name} ({', '.join(differ)})" if differ else name)
+    return told
 
 
 def _name(job: Job) -> str:

@@ -109,6 +109,7 @@ def latex(layout: Layout) -> str:
         r"\begin{table}",
         r"\centering",
         rf"\caption{{{_tex(f'{layout.title}. {layout.caption}'.strip())}}}",
+        r"\smallskip",  # most classes leave no room below a caption
         rf"\begin{{tabular}}{{{'l' * stub}{'c' * len(layout.header)}}}",
         r"\toprule",
     ]
