@@ -13,7 +13,7 @@ test: $(VENV)/.installed          ## lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 figures: $(VENV)/.installed       ## the pictures of docs/figures, drawn from what the methods do on the phantom; a minute or two
 	$(BIN)/python -m figures
