@@ -24,12 +24,16 @@ from glocal.engine import iterate, set_up
 from glocal.networks.registry import build
 from glocal.pretraining.base import Stage
 from glocal.pretraining.registry import method_named, pretraining_options
+from glocal.views.intensity import IntensityOptions
+from glocal.views.spatial import SpatialOptions
+from glocal.views.view import ViewOptions
 
 WIDTHS = [16, 32, 64, 128, 128, 128]
-VIEWS = {
-    "spatial": {"rotation": 15, "scale": [0.9, 1.5], "shift": 0.15},
-    "intensity": {"brightness": 0.3, "contrast": 0.5, "gamma": [0.7, 1.5], "noise": 0.05},
-}
+# The same for all methods, whatever their own defaults.
+VIEWS = ViewOptions(
+    spatial=SpatialOptions(rotation=15, scale=(0.9, 1.5), shift=0.15),
+    intensity=IntensityOptions(brightness=0.3, contrast=0.5, gamma=(0.7, 1.5), noise=0.05),
+).model_dump()
 
 
 def settings(method: str, images: int) -> dict[str, Any]:

@@ -116,6 +116,12 @@ def pair() -> Iterator[Any]:
     two.close()
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """A test begins alike whatever ran before it: on several cores their order changes."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)  # more are slower with tensors this small

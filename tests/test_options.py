@@ -12,6 +12,8 @@ from glocal.errors import GlocalError
 from glocal.finetuning.registry import finetuning_options
 from glocal.options import closest, merged, parse_words, presets, validated
 from glocal.pretraining.registry import pretraining_options
+from glocal.views.intensity import IntensityOptions
+from glocal.views.view import ViewOptions
 
 
 @pytest.mark.parametrize(
@@ -127,6 +129,28 @@ CHECKS: dict[str, Callable[[dict[str, Any]], BaseModel]] = {
     "protocol": lambda settings: validated(ProtocolOptions, settings, "protocol"),
     "preprocess": lambda settings: validated(PreprocessOptions, settings, "preprocess"),
 }
+
+
+def test_what_a_group_does_not_say_stays_at_its_default() -> None:
+    simclr = pretraining_options({"method": "simclr"}).augmentation
+    turned = pretraining_options({"method": "simclr", **parse_words(["augmentation.spatial.rotation=10"])}).augmentation
+    assert turned.spatial == simclr.spatial.model_copy(update={"rotation": 10.0})
+    assert turned.intensity == simclr.intensity
+    given = {"strategy": "fixmatch", "preset": "reference", **parse_words(["weak.spatial.rotation=5", "strong.blur=0"])}
+    fixmatch, reference = finetuning_options(given), finetuning_options({"strategy": "fixmatch", "preset": "reference"})
+    assert fixmatch.weak.spatial == reference.weak.spatial.model_copy(update={"rotation": 5.0})
+    assert fixmatch.strong == reference.strong.model_copy(update={"blur": 0.0})
+    assert finetuning_options(fixmatch.model_dump(mode="json")) == fixmatch.model_copy(update={"preset": "adopted"})
+
+
+def test_none_switches_a_group_off() -> None:
+    assert pretraining_options({"method": "simclr", "augmentation": "none"}).augmentation == ViewOptions()
+    augmentation = pretraining_options(
+        {"method": "simclr", **parse_words(["augmentation.intensity=none"])}
+    ).augmentation
+    assert augmentation.intensity == IntensityOptions()
+    assert augmentation.spatial == pretraining_options({"method": "simclr"}).augmentation.spatial
+    assert sentence(["augmentation=nothing"]).startswith("finetune.augmentation=nothing does not fit")
 
 
 def sentence(words: list[str], part: str = "finetune") -> str:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.loggers.logger import Logger
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from glocal.checkpoints import restore, save, training_state
@@ -23,6 +23,7 @@ from glocal.devices import computing, device_named, fabric_for, keep_freed_memor
 from glocal.distributed import first_decides, rank, with_whole_statistics
 from glocal.errors import GlocalError
 from glocal.files import write_text
+from glocal.options import completed
 from glocal.progress import console, progress
 from glocal.randomness import seed_of
 
@@ -57,6 +58,11 @@ class TrainingOptions(BaseModel):
     log: tuple[Literal["tensorboard", "mlflow"], ...] = Field(
         ("tensorboard",), description="beside metrics.jsonl, which is always written"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _groups(cls, given: Any) -> Any:
+        return completed(cls, given)
 
 
 def learning_rate_factor(options: TrainingOptions, step: int, rounds: Sequence[int] = (0,)) -> float:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from glocal.errors import GlocalError
 
@@ -129,6 +130,28 @@ def presets(known: Mapping[str, Mapping[str, Any]]) -> Any:
         return merged(known.get(str(given.get("preset")), {}), given) if isinstance(given, Mapping) else given
 
     return model_validator(mode="before")(_preset)
+
+
+def completed(kind: type[BaseModel], given: Any) -> Any:
+    """Settings with their groups completed, such as `augmentation`.
+
+    What a group that is given in part does not say stays as this `kind` of options has it, like everything else that is
+    not said.
+    """
+    if not isinstance(given, Mapping):
+        return given
+    defaults = {name: field.default for name, field in kind.model_fields.items() if _is_group(field)}
+    parts = {name: value for name, value in given.items() if name in defaults and isinstance(value, Mapping)}
+    return {**given, **{name: merged(defaults[name].model_dump(), part) for name, part in parts.items()}}
+
+
+def _is_group(field: FieldInfo) -> bool:
+    return isinstance(field.default, BaseModel) and field.annotation is type(field.default)
+
+
+def or_none() -> Any:
+    """A validator for options whose own defaults change nothing: the word `none` stands for them."""
+    return model_validator(mode="before")(lambda given: {} if given == "none" else given)
 
 
 def validated(kind: type[Options], settings: Mapping[str, Any], where: str) -> Options:

@@ -60,7 +60,7 @@ class StrategyChecks:
 
     def test_it_learns_the_labelled_slices(self, settings: dict[str, Any], store: Store, tmp_path: Path) -> None:
         steps = 60
-        learner = self.make({**settings, "batch": 12, "max_iterations": steps, "augmentation": {}}, store, tmp_path)
+        learner = self.make({**settings, "batch": 12, "max_iterations": steps, "augmentation": "none"}, store, tmp_path)
         options = finetuning_options({**settings, "optimizer": "adam", "learning_rate": 0.02})
         optimizer = engine._optimizer(learner, options)
         for group in optimizer.param_groups:

@@ -64,7 +64,7 @@ def test_what_is_sure_of_the_weak_view_is_learnt_of_the_strong_one(make: Any) ->
 
 
 def test_pseudo_labels_and_images_are_mixed_alike(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    learner = make(threshold=0.6, cutmix=1.0, strong={})
+    learner = make(threshold=0.6, cutmix=1.0, strong="none")
     found: list[Tensor] = []
     monkeypatch.setattr(
         "glocal.finetuning.fixmatch.confident_entropy", lambda logits, *given: found.extend(given) or logits.mean()
@@ -88,7 +88,7 @@ def test_pseudo_labels_and_images_are_mixed_alike(make: Any, monkeypatch: pytest
 
 
 def test_weak_views_are_moved(make: Any) -> None:
-    learners = make(weak={}), make()
+    learners = make(weak="none"), make()
     still, moved = (calls_of(learner) for learner in learners)
     for learner in learners:
         learner(0)

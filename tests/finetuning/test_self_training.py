@@ -16,6 +16,8 @@ from glocal.finetuning.pseudo_labels import IGNORED, least_kept
 from glocal.finetuning.registry import finetuning_options
 from glocal.finetuning.self_training import begins_of
 from glocal.inference import folded
+from glocal.views.spatial import SpatialOptions
+from glocal.views.view import ViewOptions
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def test_thresholds_are_quantiles_of_each_class(kept: float) -> None:
 
 
 def test_pseudo_labels_move_with_their_image(make: Any, store: Store) -> None:
-    learner = make(augmentation={"spatial": {"flip": [1.0, 1.0]}}, confidence=0.45)
+    learner = make(augmentation=ViewOptions(spatial=SpatialOptions(flip=(1.0, 1.0))), confidence=0.45)
     learner(2)
     images, labels, batch = learner.pseudo_labelled_batch(3)
     assert (len(images), batch) == (6, 6)

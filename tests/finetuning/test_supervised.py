@@ -11,6 +11,8 @@ from glocal.data.store import Store
 from glocal.finetuning.losses import segmentation_loss
 from glocal.finetuning.registry import finetuning_options, strategy_named
 from glocal.networks.registry import build
+from glocal.views.spatial import SpatialOptions
+from glocal.views.view import ViewOptions
 
 
 @pytest.mark.parametrize("options", [{}, {"loss": "dice"}])
@@ -85,7 +87,7 @@ def strategy(store: Store, cheap: dict[str, Any], **settings: Any) -> Any:
 
 @pytest.mark.parametrize("loss", ["dice", "dice+ce"])
 def test_it_overfits_one_volume(store: Store, cheap: dict[str, Any], loss: str) -> None:
-    supervised = strategy(store, cheap, loss=loss, batch=12, augmentation={})
+    supervised = strategy(store, cheap, loss=loss, batch=12, augmentation="none")
     optimizer = torch.optim.Adam(supervised.parameters(), lr=0.02)
     for step in range(60):
         supervised(step)["loss"].backward()
@@ -110,7 +112,7 @@ def test_all_parts_are_trained_whatever_was_frozen_before(store: Store, cheap: d
 
 def test_image_and_labels_move_together(store: Store, cheap: dict[str, Any]) -> None:
     seen: dict[str, Tensor] = {}
-    both = {"spatial": {"flip": [1.0, 1.0]}}
+    both = ViewOptions(spatial=SpatialOptions(flip=(1.0, 1.0)))
     supervised = strategy(store, cheap, augmentation=both)
     supervised.network.register_forward_hook(lambda module, inputs, output: seen.update(images=inputs[0]))
     supervised.loss = lambda logits, labels: seen.update(labels=labels) or logits.mean()

@@ -183,7 +183,7 @@ class Marks(nn.Module):
 
 
 def test_the_final_batch_holds_all_kinds_in_the_authors_shares(make: Any) -> None:
-    learner = make(batch=20, augmentation={})
+    learner = make(batch=20, augmentation="none")
     plain = [learner.labelled_batch(step)[:2] for step in range(200)]
     learner.generators = nn.ModuleList([Marks(10, True), Marks(100, False)])
     ends = set()
@@ -256,5 +256,5 @@ def test_examples_show_what_the_generators_make(make: Any) -> None:
 def test_the_reference_sets_what_is_not_given() -> None:
     options: Any = finetuning_options({"strategy": "task-augmentation", "preset": "reference", "batch": 6})
     assert (options.batch, options.unlabelled_batch, options.optimizer, options.loss) == (6, 20, "adam", "ce")
-    again = finetuning_options(options.model_dump(exclude_defaults=True) | {"strategy": "task-augmentation"})
+    again = finetuning_options(options.model_dump())
     assert again.model_dump() == options.model_dump()

@@ -60,7 +60,7 @@ def test_the_loss_is_the_paper_s(make: Any) -> None:
 
 
 def test_each_strong_view_has_its_boxes_and_its_labels(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    learner, heads, inputs, asked = make(threshold=0.6, cutmix=1.0, strong={}), [], [], []
+    learner, heads, inputs, asked = make(threshold=0.6, cutmix=1.0, strong="none"), [], [], []
     learner.network.head.register_forward_hook(lambda module, given, output: heads.append(output))
     learner.network.encoder.register_forward_hook(lambda module, given, output: inputs.append(given[0]))
     monkeypatch.setattr(learner, "dice", lambda logits, *given: asked.append(given) or logits.mean())

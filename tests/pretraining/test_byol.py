@@ -37,8 +37,7 @@ class TestBYOL(MethodChecks):
         torch.testing.assert_close(gradient.double(), torch.autograd.grad(expected, q)[0], rtol=1e-4, atol=1e-6)
 
     def test_it_sees_two_different_views_of_the_same_slices(self, settings: dict[str, Any], store: Store) -> None:
-        still: dict[str, Any] = {"spatial": {}, "intensity": {}}
-        for changes in ({}, {"augmentation": still}):
+        for changes in ({}, {"augmentation": "none"}):
             (stage,) = self.stages({**settings, **changes}, store)
             seen: list[Tensor] = []
             for encoder in (stage.network.encoder, stage.target[0].encoder):

@@ -19,6 +19,8 @@ from glocal.pretraining.gcl import Global, Joint, Local
 from glocal.pretraining.pretrain import pretrain
 from glocal.randomness import generator
 from glocal.runs import manifest_of
+from glocal.views.intensity import IntensityOptions
+from glocal.views.view import ViewOptions
 
 WIDTHS = {"hidden": 32, "outputs": 16, "batch": 6, "volumes": 3, "local_batch": 4, "blocks": 1}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -117,7 +119,7 @@ def test_the_local_loss_is_the_paper_s(
     local: str, kernel: Any, negatives: Any, store: Store, cheap: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {**cheap, **WIDTHS, "method": "gcl", "local": local, "kernel": kernel, "negatives": negatives}
-    options |= {"volumes": 2, "local_batch": 9, "augmentation": {"spatial": {"rotation": 90}}}
+    options |= {"volumes": 2, "local_batch": 9, "augmentation": {"spatial": {"rotation": 90}, "intensity": "none"}}
     stage: Any = TestGCL().stages(options, store)[1]
     slices, inputs, maps, loss = seen(stage, "g2", 1, monkeypatch)
     n = len(slices)
@@ -201,7 +203,13 @@ def test_the_losses_of_one_stage_are_those_of_the_two(
 def test_the_two_losses_of_one_stage_see_slices_and_views_of_their_own(
     store: Store, cheap: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = joint(store, cheap, strategy="random", local_batch=6, augmentation={"intensity": {"brightness": 0.5}})
+    stage = joint(
+        store,
+        cheap,
+        strategy="random",
+        local_batch=6,
+        augmentation=ViewOptions(intensity=IntensityOptions(brightness=0.5)),
+    )
     drawn: list[Slices] = []
     entered: list[Tensor] = []
     uniform = Pool.uniform

@@ -14,7 +14,7 @@ from glocal.pretraining.ideal import Encoder, cell_masks, most_similar
 from glocal.randomness import generator
 from glocal.views.correspondence import matching_cells
 from glocal.views.spatial import Spatial, SpatialOptions, draw_spatial
-from glocal.views.view import ViewOptions, draw_view
+from glocal.views.view import draw_view
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "similarity": {},
@@ -22,7 +22,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "similarity, both ways, no own cells": {"symmetric": True, "own_cells": False},
     "geometry, no own cells": {"correspondence": "geometry", "own_cells": False},
 }
-STILL = ViewOptions().model_dump()
 SIZE = (32, 32)
 COARSE = {"name": "unet", "widths": [4, 8, 8, 8]}  # maps of 4 x 4 cells of 8 pixels
 
@@ -35,7 +34,7 @@ class TestIDEAL(MethodChecks):
 
     def test_it_learns_one_batch(self, settings: dict[str, Any], store: Store) -> None:
         """The places of a volume, seen again and again: both encoders learn to tell them apart."""
-        changes = {"momentum": 0.5, "temperature": 0.1, "network": COARSE, "augmentation": STILL}
+        changes = {"momentum": 0.5, "temperature": 0.1, "network": COARSE, "augmentation": "none"}
         stage = made(store, {**settings, **changes}, ("case3",))
         optimizer = torch.optim.Adam([p for p in stage.parameters() if p.requires_grad], lr=0.01)
         losses = []
@@ -134,7 +133,7 @@ class TestIDEAL(MethodChecks):
 
     def test_views_alike_match_themselves(self, settings: dict[str, Any], store: Store) -> None:
         """At first both encoders are one: without augmentation every cell finds itself, however it looks for it."""
-        stage = made(store, {**settings, "augmentation": STILL})
+        stage = made(store, {**settings, "augmentation": "none"})
         _, queries, _, keys = seen(stage)
         loss = stage.losses(0)["loss"]
         torch.testing.assert_close(queries[0].detach(), keys[0])

@@ -45,8 +45,7 @@ class TestSimSiam(MethodChecks):
         torch.testing.assert_close(gradient.double(), torch.autograd.grad(expected, p)[0], rtol=1e-4, atol=1e-6)
 
     def test_it_sees_two_different_views_of_the_same_slices(self, settings: dict[str, Any], store: Store) -> None:
-        still: dict[str, Any] = {"spatial": {}, "intensity": {}}
-        for changes in ({}, {"augmentation": still}):
+        for changes in ({}, {"augmentation": "none"}):
             (stage,) = self.stages({**settings, **changes}, store)
             seen: list[Tensor] = []
             stage.network.encoder.register_forward_pre_hook(lambda module, given, seen=seen: seen.append(given[0]))

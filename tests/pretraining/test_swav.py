@@ -209,7 +209,7 @@ def test_local_views_are_small_and_only_predict(store: Store, cheap: dict[str, A
 
 
 def test_every_view_is_drawn_for_itself(store: Store, cheap: dict[str, Any]) -> None:
-    same, seen = {"spatial": {"crop": (0.5, 0.9)}}, list[Tensor]()
+    same, seen = ViewOptions(spatial=SpatialOptions(crop=(0.5, 0.9))), list[Tensor]()
     stage = stage_of(store, cheap, local_views=2, local_size=1.0, augmentation=same, local_augmentation=same)
     stage.network.encoder.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
     stage.losses(0)

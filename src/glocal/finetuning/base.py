@@ -82,7 +82,7 @@ SSL4MIS: dict[str, Any] = {
     "loss": "ssl4mis",
     "weight": 0.1,
     "ramp_up": 1.0,
-    "augmentation": {"spatial": {"rotation": 20, "flip": (0.5, 0.5)}},
+    "augmentation": ViewOptions(spatial=SpatialOptions(rotation=20, flip=(0.5, 0.5))).model_dump(),
 }
 
 

@@ -23,6 +23,8 @@ from glocal.networks.base import SegmentationNetwork
 from glocal.options import presets
 from glocal.randomness import generator
 from glocal.views.ranges import moved
+from glocal.views.spatial import SpatialOptions
+from glocal.views.view import ViewOptions
 
 REFERENCE: dict[str, Any] = {
     "batch": 20,
@@ -33,7 +35,7 @@ REFERENCE: dict[str, Any] = {
     "warmup_iterations": 0,
     "schedule": "constant",
     "loss": "ce",
-    "augmentation": {"spatial": {"rotation": 15, "scale": (0.95, 1.05), "flip": (0.0, 0.5)}},
+    "augmentation": ViewOptions(spatial=SpatialOptions(rotation=15, scale=(0.95, 1.05), flip=(0.0, 0.5))).model_dump(),
 }
 
 

@@ -39,7 +39,7 @@ from glocal.views.spatial import SpatialOptions
 from glocal.views.view import View, ViewOptions, draw_view
 
 # What a preset sets where nothing else is given; macl, the released code and the text of the journal, is the defaults.
-MOVED = {"spatial": {"rotation": 180, "scale": (0.7, 1.3), "shift": 0.1, "probability": 0.67}}
+MOVED = ViewOptions(spatial=SpatialOptions(rotation=180, scale=(0.7, 1.3), shift=0.1, probability=0.67)).model_dump()
 METHOD_V1 = {"view_groups": 1, "fixed": MOVED, "variable": MOVED, "dominant_pixel_projector": True}
 TRAINING_V1 = {
     "network": PCLUNetOptions(),

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn.functional import pad
 
+from glocal.options import or_none
 from glocal.views.ranges import PositiveRange, Probability, Range, log_uniform, moved
 
 
@@ -17,6 +18,7 @@ class IntensityOptions(BaseModel):
     """How far each image's values may be changed; every default leaves them as they are."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    _none = or_none()
 
     brightness: float = Field(0.0, ge=0, description="Largest value added or taken away.")
     contrast: float = Field(

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
+from glocal.options import or_none
 from glocal.views.ranges import PositiveRange, Probability, ShareRange, log_uniform, moved, uniform
 
 Knots = Annotated[int, Field(ge=2)]
@@ -26,6 +27,7 @@ class SpatialOptions(BaseModel):
     """How far each image may be moved; every default leaves it where it is."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    _none = or_none()
 
     rotation: float = Field(0.0, ge=0, description="Largest rotation to either side, in degrees.")
     scale: PositiveRange = Field((1.0, 1.0), description="Zoom, each doubling equally likely; above 1 enlarges.")

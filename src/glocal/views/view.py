@@ -6,6 +6,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from glocal.options import or_none
 from glocal.views.intensity import Intensity, IntensityOptions, draw_intensity
 from glocal.views.spatial import Spatial, SpatialOptions, draw_spatial
 
@@ -13,9 +14,10 @@ VERSION = 1  # raised by hand when the same draw gives another view (see `runs.i
 
 
 class ViewOptions(BaseModel):
-    """What a view may change; every default leaves the images as they are."""
+    """What a view may change; every default leaves the images as they are, and so does the word `none`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    _none = or_none()
 
     spatial: SpatialOptions = Field(SpatialOptions(), description="How far images may be moved.")
     intensity: IntensityOptions = Field(IntensityOptions(), description="How far values may be changed.")
