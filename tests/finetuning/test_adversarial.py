@@ -127,5 +127,5 @@ def test_what_deceives_a_module_does_not_teach_it() -> None:
 def test_the_reference_sets_what_is_not_given() -> None:
     options: Any = finetuning_options({"strategy": "adversarial", "preset": "reference", "batch": 6})
     assert (options.batch, options.unlabelled_batch, options.optimizer, options.loss) == (6, 12, "sgd", "ssl4mis")
-    again = finetuning_options(options.model_dump(exclude_defaults=True) | {"strategy": "adversarial"})
+    again = finetuning_options(options.model_dump())
     assert again.model_dump() == options.model_dump()
