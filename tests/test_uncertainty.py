@@ -73,6 +73,16 @@ def test_dropout_repeats_the_batch_version_after_version() -> None:
     assert thin.flatten(1).amax(1).tolist() == [2, 4, 6, 8] * 2
 
 
+@pytest.mark.parametrize(("p", "dropped"), [(0.0, 0.0), (0.999999, 1.0), (0.25, 0.25)])
+def test_dropout_of_any_probability(p: float, dropped: float) -> None:
+    (thin,) = Dropout(p, 3, seeded())([torch.ones(3, 1, 33, 101)])  # no multiple of four numbers
+    assert float((thin == 0).double().mean()) == pytest.approx(dropped, abs=0.01)
+    if p < 0.9:
+        assert float(thin.mean()) == pytest.approx(1, abs=0.02)
+        neighbours = (thin.flatten() == 0).unfold(0, 2, 1).all(1).double().mean()
+        assert float(neighbours) == pytest.approx(dropped**2, abs=0.01)  # each for itself
+
+
 def test_dropout_of_what_differs_already() -> None:
     tap = torch.arange(1.0, 7).view(6, 1, 1, 1).expand(6, 2, 8, 8)
     (thin,) = Dropout(0.5, 3, seeded())([tap], 2)

@@ -56,7 +56,7 @@ dino 7: [2.8879, 1.2319]
 ideal 7: [5.7714, 5.7301]
 pgl 7: [1.6204, 1.5629]
 jcl 7: [19.517, 6.3752]
-pixel-global 7: [17.198, 16.177]
+pixel-global 8: [17.091, 16.168]
 rotation 7: [1.4172, 1.3997]
 inpainting 7: [0.22796, 0.11464]
 context-restoration 7: [0.22405, 0.1195]
@@ -66,7 +66,7 @@ cross-consistency 6: [7.0564, 6.7122]
 mc-net 6: [4.6089, 4.482]
 adversarial 6: [2.8719, 2.7997]
 mean-teacher 6: [2.2048, 3.4804]
-uncertainty-mean-teacher 6: [3.2563, 3.4186]
+uncertainty-mean-teacher 7: [3.3808, 3.4708]
 ict 6: [2.9675, 2.7516]
 fixmatch 6: [2.843, 2.6475]
 unimatch 6: [1.2958, 1.297]
@@ -153,7 +153,7 @@ moco 1: {max_iterations: 10000, optimizer: sgd, learning_rate: 0.00375, weight_d
 pgl 1: {max_iterations: 10000, optimizer: lars, learning_rate: 0.2, weight_decay: 1.5e-06, gradient_clip: 0.0, method:
   pgl, network: {}, batch: 32, momentum: 0.996, outputs: 128, augmentation: {spatial: {rotation: 30.0, crop: [0.55,
   1.0], flip: [0.5, 0.5]}, intensity: {contrast: 0.3, gamma: [0.7, 1.5]}}}
-pixel-global 1: {max_iterations: 10000, optimizer: lars, learning_rate: 0.2, weight_decay: 1.0e-06,
+pixel-global 2: {max_iterations: 10000, optimizer: lars, learning_rate: 0.2, weight_decay: 1.0e-06,
   warmup_iterations: 40,
   gradient_clip: 0.0, method: pixel-global, network: {}, batch: 8, variant: full, symmetric: false, momentum: 0.996,
   outputs: 256, pixel_outputs: 32, match: nearest, stabiliser_grad: false, passes: 20, passes_at_once: 5, uncertainty:
@@ -203,7 +203,7 @@ mean-teacher 1: {gradient_clip: 0.0, strategy: mean-teacher, network: {}, labels
   shift: 0.15, elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}},
   unlabelled_batch: 10, weight: 0.1, ramp_up: 0.4, start: 0.03333333333333333, momentum: 0.99,
   statistics: copied, noise: 0.1, noise_limit: 0.2, predict: student}
-uncertainty-mean-teacher 1: {gradient_clip: 0.0, strategy: uncertainty-mean-teacher, network: {}, labels: 2,
+uncertainty-mean-teacher 2: {gradient_clip: 0.0, strategy: uncertainty-mean-teacher, network: {}, labels: 2,
   validation: 0, draw: 0, batch: 10, loss: dice+ce, evaluate_every: 50, augmentation: {spatial: {rotation: 30.0,
   scale: [0.8, 1.3], anisotropy: 0.1, shift: 0.15, elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma:
   [0.7, 1.5], noise: 0.05}}, unlabelled_batch: 10, weight: 0.1, ramp_up: 0.4, momentum: 0.99,

@@ -114,7 +114,7 @@ UNCERTAINTY_MEAN_TEACHER = StrategyEntry(
     paper="L. Yu, S. Wang, X. Li, C.-W. Fu, P.-A. Heng: Uncertainty-aware self-ensembling model for semi-supervised 3D "
     "left atrium segmentation. MICCAI 2019.",
     summary="predict of unlabelled slices what a slow copy of the network is sure of",
-    version=1,
+    version=2,
     options=Options,
     make=UncertaintyMeanTeacher,
     uses_unlabelled=True,

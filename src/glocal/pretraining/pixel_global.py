@@ -301,7 +301,7 @@ PIXEL_GLOBAL = Method(
     paper="Z. Zhang, W. Zhang: Pixel-global self-supervised learning with uncertainty-aware context stabilizer. "
     "arXiv:2210.00646, 2022.",
     summary="a student predicts what a slow teacher says of another view, for the image and for every pixel in both",
-    version=1,
+    version=2,
     options=Options,
     stages=_stages,
 )
