@@ -122,8 +122,9 @@ def presets(known: Mapping[str, Mapping[str, Any]]) -> Any:
     computes, however that was asked for, and what was put back to its default by hand stays there when it is read.
 
     Args:
-        known: settings by the preset's name, as a recipe would say them. One that is an object instead, such as options
-            of a network, is not merged with what is given at its key but gives way as a whole.
+        known: settings by the preset's name, as a recipe would say them, a group such as `augmentation` in whole
+            (`model_dump()`): what it does not say would be the default's. One that is an object instead, such as
+            options of a network, is not merged with what is given at its key but gives way as a whole.
     """
 
     def _preset(given: Any) -> Any:
