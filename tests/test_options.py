@@ -150,7 +150,8 @@ def test_none_switches_a_group_off() -> None:
     ).augmentation
     assert augmentation.intensity == IntensityOptions()
     assert augmentation.spatial == pretraining_options({"method": "simclr"}).augmentation.spatial
-    assert sentence(["augmentation=nothing"]).startswith("finetune.augmentation=nothing does not fit")
+    for word in ("augmentation=nothing", "augmentation.spatial=off"):
+        assert sentence([word]).endswith("does not fit: it must be settings of its own (key: value) or none.")
 
 
 def sentence(words: list[str], part: str = "finetune") -> str:

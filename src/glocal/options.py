@@ -152,7 +152,15 @@ def _is_group(field: FieldInfo) -> bool:
 
 def or_none() -> Any:
     """A validator for options whose own defaults change nothing: the word `none` stands for them."""
-    return model_validator(mode="before")(lambda given: {} if given == "none" else given)
+
+    def _none(given: Any) -> Any:
+        if given == "none":
+            return {}
+        if given is None or isinstance(given, str | bool):
+            raise ValueError("it must be settings of its own (key: value) or none")
+        return given
+
+    return model_validator(mode="before")(_none)
 
 
 def validated(kind: type[Options], settings: Mapping[str, Any], where: str) -> Options:
