@@ -154,6 +154,40 @@ def test_frozen_weights_stay(tmp_path: Path) -> None:
     assert not learner.layers[0].weight.equal(fresh.layers[0].weight)
 
 
+class Late(nn.Module):
+    """Two weights with the same gradients; one of them stays idle at first."""
+
+    def __init__(self, idle: int) -> None:
+        super().__init__()
+        self.weight, self.late = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3, 2))
+        self.until, self.seen = idle, list[Tensor]()
+
+    def idle(self, step: int) -> list[nn.Parameter]:
+        return [self.late] if step < self.until else []
+
+    def forward(self, step: int) -> dict[str, Tensor]:
+        self.seen.append(self.late.detach().clone())
+        return {"loss": (3 * self.weight + 3 * self.late).sum()}
+
+
+@pytest.mark.usefixtures("_checkpoint_always")
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "lars"])
+def test_idle_weights_stay_and_begin_cold(tmp_path: Path, optimizer: Any) -> None:
+    settings = {"optimizer": optimizer, "schedule": "constant", "warmup_iterations": 0, "weight_decay": 0.1}
+    learner, alone = Late(idle=3), Late(idle=0)
+    train(learner, options(**settings, max_iterations=2), tmp_path, "test")
+    train(learner, options(**settings, max_iterations=7), tmp_path, "test")  # continued while a weight is idle
+    train(alone, options(**settings, max_iterations=4), tmp_path / "alone", "test")
+    assert [weight.equal(torch.ones(3, 2)) for weight in learner.seen] == [True] * 4 + [False] * 3
+    assert learner.late.equal(alone.late)  # no moment was gathered before
+    assert not learner.weight.allclose(learner.late)
+    clipped = Late(idle=3)
+    train(clipped, options(**settings, max_iterations=1, gradient_clip=1.0), tmp_path / "clipped", "test")
+    if optimizer == "sgd":
+        step = 0.01 * (1 / 6**0.5 + 0.1)  # the norm is that of the weights that move
+        torch.testing.assert_close(clipped.weight, torch.full((3, 2), 1 - step))
+
+
 @pytest.mark.parametrize("step", [0, 4, 11])
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path, step: int) -> None:
     with pytest.raises(GlocalError, match=r"The loss became nan in iteration .* lower learning_rate"):

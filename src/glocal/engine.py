@@ -100,7 +100,7 @@ def train(
             `warning()` may return a plain sentence about its state (for example collapse), asked for now and then;
             `steady` maps modules' names to learning rates that are theirs throughout, without warm-up and schedule;
             `rounds` are iterations in which warm-up and schedule begin anew; `in_turns` says that some weights get no
-            gradient in some iterations.
+            gradient in some iterations; `idle(step)` returns weights that stay as they are in that iteration.
         evaluate: returns figures to log every `evaluate_every` iterations and after the last.
 
     Returns:
@@ -197,6 +197,8 @@ def iterate(fabric: Fabric, module: Any, optimizer: Any, options: TrainingOption
     module.train()
     losses: dict[str, Tensor] = module(step)
     fabric.backward(losses["loss"])
+    for weight in getattr(module, "idle", lambda step: ())(step):
+        weight.grad = None  # only now: DistributedDataParallel waits for every gradient
     if options.gradient_clip:
         fabric.clip_gradients(module, optimizer, max_norm=options.gradient_clip)
     optimizer.step()

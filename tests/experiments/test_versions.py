@@ -51,8 +51,8 @@ moco 7: [0.82391, 2.6694]
 byol 7: [4.4784, 4.1744]
 simsiam 7: [0.026498, -0.020577]
 simtriplet 7: [0.037229, 0.072546]
-swav 7: [5.6764, 3.4464]
-dino 7: [2.8879, 1.2319]
+swav 8: [5.6764, 3.4464]
+dino 8: [2.8879, 1.2673]
 ideal 7: [5.7714, 5.7301]
 pgl 7: [1.6204, 1.5629]
 jcl 7: [19.517, 6.3752]
@@ -121,7 +121,7 @@ byol 1: {max_iterations: 10000, optimizer: lars, learning_rate: 0.2, weight_deca
 context-restoration 1: {max_iterations: 10000, optimizer: adam, weight_decay: 0.0, warmup_iterations: 0, schedule:
   constant, gradient_clip: 0.0, method: context-restoration, network: {}, batch: 40, pairs: 10, patch: 5, tries: 100,
   augmentation: {}}
-dino 1: {max_iterations: 10000, learning_rate: 0.0005, weight_decay: 0.04, warmup_iterations: 300, gradient_clip: 3.0,
+dino 2: {max_iterations: 10000, learning_rate: 0.0005, weight_decay: 0.04, warmup_iterations: 300, gradient_clip: 3.0,
   method: dino, network: {}, batch: 32, momentum: 0.996, temperature: 0.1, teacher_temperature: 0.07,
   teacher_temperature_start: 0.04, teacher_warmup: 1000, centring: 0.9, frozen: 100, hidden: 2048, head_norm: false,
   bottleneck: 256, outputs: 1024, augmentation: {spatial: {anisotropy: 0.33, crop: [0.37, 1.0], flip: [0.0, 0.5]},
@@ -174,7 +174,7 @@ simtriplet 1: {max_iterations: 10000, optimizer: sgd, learning_rate: 0.00625, we
   0, gradient_clip: 0.0, method: simtriplet, network: {}, batch: 32, outputs: 2048, hidden: 512, augmentation: {spatial:
   {anisotropy: 0.33, crop: [0.45, 1.0], flip: [0.0, 0.5]}, intensity: {brightness: 0.4, contrast: 0.4, blur: 1.5,
   probability: 0.8}}}
-swav 1: {max_iterations: 10000, optimizer: lars, learning_rate: 0.6, weight_decay: 1.0e-06, warmup_iterations: 300,
+swav 2: {max_iterations: 10000, optimizer: lars, learning_rate: 0.6, weight_decay: 1.0e-06, warmup_iterations: 300,
   gradient_clip: 0.0, method: swav, network: {}, batch: 32, prototypes: 3000, temperature: 0.1, epsilon: 0.05,
   sinkhorn_iterations: 3, frozen: 313, queue: 0, queue_from: 1000, hidden: 2048, outputs: 128, augmentation: {spatial:
   {anisotropy: 0.33, crop: [0.37, 1.0], flip: [0.0, 0.5]}, intensity: {brightness: 0.4, contrast: 0.4, blur: 1.5,

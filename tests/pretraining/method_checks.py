@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from glocal.data.sampling import Pool
 from glocal.data.split import Split
 from glocal.data.store import Store
+from glocal.devices import fabric_for
+from glocal.engine import TrainingOptions, iterate, set_up
 from glocal.model import read_header
 from glocal.networks.registry import build
 from glocal.pretraining.base import Stage
@@ -19,6 +21,20 @@ from pair import assert_same_training, train_in_double
 
 ALL = ("case0", "case1", "case2", "case3")
 ODD = ("odd1", "odd2", "odd3", "odd7")
+
+
+class Trainer:
+    """The engine's iterations of a stage, as many at a time as a test wants."""
+
+    def __init__(self, stage: Stage) -> None:
+        settings = {"schedule": "constant", "warmup_iterations": 0, "optimizer": "adam", "learning_rate": 0.01}
+        self.options = TrainingOptions.model_validate({**settings, "weight_decay": 0.1})
+        self.fabric = fabric_for(torch.device("cpu"), "float32")
+        self.module, self.optimizer = set_up(self.fabric, stage, self.options)
+
+    def __call__(self, first: int, last: int) -> None:
+        for step in range(first, last):
+            iterate(self.fabric, self.module, self.optimizer, self.options, step)
 
 
 class MethodChecks:

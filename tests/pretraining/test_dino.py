@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from method_checks import ALL, MethodChecks
+from method_checks import ALL, MethodChecks, Trainer
 from torch import Tensor, nn
 
 from glocal.data.sampling import Pool
@@ -93,25 +93,14 @@ def stage_of(
     return Encoder(build(settings.network, 1, 3), Pool(store, cases), settings).train()
 
 
-def adam(stage: Stage) -> torch.optim.Optimizer:
-    return torch.optim.Adam([p for p in stage.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1)
-
-
-def steps(stage: Stage, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
-    for step in range(first, last):
-        stage.losses(step)["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 def test_the_teacher_follows_at_the_beginning_of_a_step(store: Store, cheap: dict[str, Any]) -> None:
     stage = stage_of(store, cheap, momentum=0.6, frozen=0)
-    optimizer, (network, head, last) = adam(stage), stage.teacher
+    trainer, (network, head, last) = Trainer(stage), stage.teacher
     pairs = [(network.encoder[0][0].conv, stage.network.encoder[0][0].conv), (head[1], stage.head[1])]
     for step in range(4):
         before = [mine.weight.clone() for mine, _ in [*pairs, (last, stage.last)]]
         students = [theirs.weight.detach().clone() for _, theirs in [*pairs, (last, stage.last)]]
-        steps(stage, optimizer, step, step + 1)
+        trainer(step, step + 1)
         momentum = 1 - 0.4 * (math.cos(math.pi * (step - 1) / 10) + 1) / 2 if step else 1.0
         for (mine, theirs), was, student in zip([*pairs, (last, stage.last)], before, students, strict=True):
             torch.testing.assert_close(mine.weight, momentum * was + (1 - momentum) * student)
@@ -122,10 +111,10 @@ def test_the_teacher_follows_at_the_beginning_of_a_step(store: Store, cheap: dic
 @pytest.mark.parametrize("frozen", [0, 2])
 def test_the_last_layer_is_frozen_at_first(store: Store, cheap: dict[str, Any], frozen: int) -> None:
     stage = stage_of(store, cheap, frozen=frozen, momentum=0.0)
-    optimizer, used = adam(stage), [stage.last.weight.detach().clone()]
+    used = [stage.last.weight.detach().clone()]
     stage.network.encoder.register_forward_hook(lambda *_: used.append(stage.last.weight.detach().clone()))
     stage.teacher[0].encoder.register_forward_hook(lambda *_: used.append(stage.teacher[2].weight.clone()))
-    steps(stage, optimizer, 0, 5)
+    Trainer(stage)(0, 5)
     for weight in used[1 : 3 + 2 * frozen]:  # student and teacher, up to the step that no trained step came before
         assert weight.equal(used[0])
     assert not used[3 + 2 * frozen].allclose(used[0])
@@ -136,12 +125,12 @@ def test_a_run_that_was_stopped_continues_exactly(store: Store, cheap: dict[str,
         options = {"frozen": 2, "local_views": 1, "momentum": 0.5}
         whole, first = (stage_of(store, cheap, **options) for _ in range(2))
         second = stage_of(store, cheap, weights=1, **options)  # it must not matter what it began with
-        optimizers = [adam(stage) for stage in (whole, first, second)]
-        steps(whole, optimizers[0], 0, 5)
-        steps(first, optimizers[1], 0, cut)
+        trainers = [Trainer(stage) for stage in (whole, first, second)]
+        trainers[0](0, 5)
+        trainers[1](0, cut)
         second.load_state_dict(first.state_dict())
-        optimizers[2].load_state_dict(optimizers[1].state_dict())
-        steps(second, optimizers[2], cut, 5)
+        trainers[2].optimizer.load_state_dict(trainers[1].optimizer.state_dict())
+        trainers[2](cut, 5)
         assert all(value.equal(second.state_dict()[name]) for name, value in whole.state_dict().items())
 
 

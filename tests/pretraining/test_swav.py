@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from method_checks import ALL, MethodChecks
+from method_checks import ALL, MethodChecks, Trainer
 from torch import Tensor, nn
 
 from glocal.data.sampling import Pool
@@ -141,23 +141,12 @@ def stage_of(
     return Encoder(build(settings.network, 1, 3), Pool(store, cases), settings).train()
 
 
-def steps(stage: Stage, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
-    for step in range(first, last):
-        stage.losses(step)["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def adam(stage: Stage) -> torch.optim.Optimizer:
-    return torch.optim.Adam([p for p in stage.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1)
-
-
 @pytest.mark.parametrize("frozen", [0, 2])
 def test_prototypes_are_frozen_at_first_and_of_length_one(store: Store, cheap: dict[str, Any], frozen: int) -> None:
     stage = stage_of(store, cheap, frozen=frozen)
-    optimizer, used = adam(stage), [unit(stage.prototypes.weight).float()]
+    used = [unit(stage.prototypes.weight).float()]
     stage.network.encoder.register_forward_hook(lambda *_: used.append(stage.prototypes.weight.detach().clone()))
-    steps(stage, optimizer, 0, 5)
+    Trainer(stage)(0, 5)
     for weight in used:
         torch.testing.assert_close(weight.norm(dim=1), torch.ones(12))
     torch.testing.assert_close(used[1 + frozen], used[0])  # no step before this one has moved them
@@ -169,12 +158,12 @@ def test_a_run_that_was_stopped_continues_exactly(store: Store, cheap: dict[str,
         options = {"frozen": 2, "queue": 12, "queue_from": 0, "local_views": 1}
         whole, first = (stage_of(store, cheap, **options) for _ in range(2))
         second = stage_of(store, cheap, weights=1, **options)  # it must not matter what it began with
-        optimizers = [adam(stage) for stage in (whole, first, second)]
-        steps(whole, optimizers[0], 0, 5)
-        steps(first, optimizers[1], 0, cut)
+        trainers = [Trainer(stage) for stage in (whole, first, second)]
+        trainers[0](0, 5)
+        trainers[1](0, cut)
         second.load_state_dict(first.state_dict())
-        optimizers[2].load_state_dict(optimizers[1].state_dict())
-        steps(second, optimizers[2], cut, 5)
+        trainers[2].optimizer.load_state_dict(trainers[1].optimizer.state_dict())
+        trainers[2](cut, 5)
         assert all(value.equal(second.state_dict()[name]) for name, value in whole.state_dict().items())
 
 

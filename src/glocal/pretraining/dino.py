@@ -4,6 +4,7 @@ A student predicts, from every view of a slice, what a slow copy of itself says 
 centred, so that no output wins always, and sharpened, so that they do not become equal.
 """
 
+from collections.abc import Iterable
 from math import log
 from typing import Any, Literal
 
@@ -90,7 +91,6 @@ class Head(nn.Sequential):
 class Encoder(Stage):
     """Trains the encoder as the student; network, head and last layer have their copies in the teacher."""
 
-    beginning: Tensor
     centre: Tensor
 
     def __init__(self, network: SegmentationNetwork, pool: Pool, options: Options) -> None:
@@ -99,18 +99,15 @@ class Encoder(Stage):
         self.last = nn.Linear(options.bottleneck, options.outputs, bias=False)
         self.teacher = Teacher(network, self.head, self.last)
         self.register_buffer("centre", torch.zeros(options.outputs))
-        if options.frozen:
-            self.register_buffer("beginning", self.last.weight.detach().clone())
         self._last_entropy: Tensor | None = None
+
+    def idle(self, step: int) -> Iterable[nn.Parameter]:
+        """The last layer, for the first iterations."""
+        return self.last.parameters() if step < self.options.frozen else ()
 
     def losses(self, step: int) -> dict[str, Tensor]:
         """Algorithm 1 and Eq. 3 of the paper; `entropy` of the teacher near ln K or 0 is a collapse."""
         o: Options = self.options
-        if step <= o.frozen and o.frozen:
-            # Steps are taken back, with their decay, instead of not taken: DistributedDataParallel waits for every
-            # gradient. The optimiser's moments are warm when the layer is let go.
-            with torch.no_grad():
-                self.last.weight.copy_(self.beginning)
         if step:
             momentum = rising(o.momentum, step - 1, o.max_iterations)
             self.teacher.follow((self.network, self.head, self.last), momentum)
@@ -169,7 +166,7 @@ DINO = Method(
     paper="M. Caron, H. Touvron, I. Misra, H. Jégou, J. Mairal, P. Bojanowski, A. Joulin: Emerging properties in "
     "self-supervised vision transformers. ICCV 2021.",
     summary="a student predicts from each view what its slow copy, centred and sharpened, says of another view",
-    version=1,
+    version=2,
     options=Options,
     stages=lambda options: [("encoder", Encoder)],
 )

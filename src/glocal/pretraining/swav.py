@@ -4,6 +4,7 @@ A batch is divided evenly among the prototypes, so that nothing has to repel. It
 the two whole ones, stands here too.
 """
 
+from collections.abc import Iterable
 from math import log
 from typing import Literal
 
@@ -72,7 +73,6 @@ class Options(TrainingOptions):
 class Encoder(Stage):
     """Trains the encoder, the head and the prototypes."""
 
-    beginning: Tensor
     queue: Tensor
 
     def __init__(self, network: SegmentationNetwork, pool: Pool, options: Options) -> None:
@@ -81,20 +81,19 @@ class Encoder(Stage):
             raise GlocalError("SwAV divides slices among prototypes, and there is only one: pre-train on more volumes.")
         self.head = NormedHead(network.encoder_channels[-1], options.hidden, options.outputs)
         self.prototypes = nn.Linear(options.outputs, options.prototypes, bias=False)
-        if options.frozen:
-            self.register_buffer("beginning", self.prototypes.weight.detach().clone())
         if options.queue:
             self.register_buffer("queue", torch.zeros(2, options.queue, options.outputs))
         self._entropy: Tensor | None = None
+
+    def idle(self, step: int) -> Iterable[nn.Parameter]:
+        """The prototypes, for the first iterations."""
+        return self.prototypes.parameters() if step < self.options.frozen else ()
 
     def losses(self, step: int) -> dict[str, Tensor]:
         """Eq. 1 to 5 of the paper; `entropy`, of the assignments, is what the loss cannot fall below."""
         o: Options = self.options
         with torch.no_grad():
-            # Steps are taken back, with their decay, instead of not taken: DistributedDataParallel waits for every
-            # gradient. The optimiser's moments are warm when the prototypes are let go.
-            kept = self.beginning if step <= o.frozen and o.frozen else self.prototypes.weight
-            self.prototypes.weight.copy_(unit(kept))
+            self.prototypes.weight.copy_(unit(self.prototypes.weight))
         slices = self.pool.epoch(o.batch, o.seed, step)
         images = self.pool.images(slices[share(len(slices))])
         pooled = [pooled_features(self.network, views) for views in multi_crop(self, images, step, len(slices))]
@@ -210,7 +209,7 @@ SWAV = Method(
     paper="M. Caron, I. Misra, J. Mairal, P. Goyal, P. Bojanowski, A. Joulin: Unsupervised learning of visual features "
     "by contrasting cluster assignments. NeurIPS 2020.",
     summary="one view predicts which prototypes the other belongs to; slices are divided evenly among them",
-    version=1,
+    version=2,
     options=Options,
     stages=lambda options: [("encoder", Encoder)],
 )
