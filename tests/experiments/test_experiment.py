@@ -551,18 +551,23 @@ def test_an_estimate_groups_what_costs_the_same(tmp_path: Path) -> None:
     same = [base, base | {"labels": 8}, base | {"draw": 1}, base | {"seed": 2}]
     tuned = [fake(s, tmp_path / "finetune" / str(n), quick) for n, s in enumerate([*same, base | {"batch": 4}])]
     before = fake({"method": "pcl"}, tmp_path / "pretrain" / "a", quick)
-    done = fake({"method": "gcl"}, tmp_path / "pretrain" / "b", stumble)  # a finished kind is not measured
-    for job in (done, tuned[0]):
-        write_json(job.folder / "manifest.json", {})
-    kinds = estimate([*tuned, before, done], Here(), tmp_path / "out")
+    known = fake({"strategy": "supervised", "batch": 8}, tmp_path / "finetune" / "c", stumble)
+    done = [fake({"method": "gcl", "seed": n}, tmp_path / "pretrain" / f"b{n}", stumble) for n in range(3)]
+    other = fake({"method": "gcl", "seed": 3}, tmp_path / "pretrain" / "b3", stumble)  # its kind is known: not measured
+    for job, seconds in zip([known, *done], (50, 300, 200, 1), strict=True):
+        write_json(job.folder / "manifest.json", {"seconds": seconds})
+    kinds = estimate([*tuned, known, before, *done, other], Here(), tmp_path / "out")
     assert [(k.name, len(k.jobs), len(k.open_jobs)) for k in kinds] == [
-        ("fine-tuning, supervised (batch=2)", 4, 3),
+        ("fine-tuning, supervised (batch=2)", 4, 4),
         ("fine-tuning, supervised (batch=4)", 1, 1),
+        ("fine-tuning, supervised (batch=8)", 1, 0),
         ("pre-training, pcl", 1, 1),
-        ("pre-training, gcl", 1, 0),
+        ("pre-training, gcl", 4, 1),
     ]
-    assert kinds[0].seconds == pytest.approx(3 * (kinds[0].fixed + 100 * kinds[0].step))
-    assert kinds[3].seconds == 0
+    assert kinds[0].seconds == pytest.approx(4 * (kinds[0].fixed + 100 * kinds[0].step))
+    assert kinds[2].seconds == 0
+    assert (kinds[4].step, kinds[4].seconds) == (2.0, 200.0)  # the median of three
+    assert not any(kind.problem for kind in kinds)
     assert not list((tmp_path / "out").iterdir())
 
 

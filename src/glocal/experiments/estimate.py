@@ -1,4 +1,4 @@
-"""How long the trainings of an experiment will take, from a few measured steps of each kind of them."""
+"""How long the trainings of an experiment will take: as the finished ones of their kind, else from a few iterations."""
 
 import json
 import time
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
-from statistics import mean
+from statistics import mean, median
 from tempfile import mkdtemp
 from typing import Any
 
@@ -39,7 +39,7 @@ class Kind:
 
 
 def estimate(jobs: Sequence[Job], executor: Executors, out: Path) -> list[Kind]:
-    """Measure a few iterations of each kind of training, as many at the same time as will run later.
+    """Look how long each kind of training took, or measure iterations, as many at the same time as will run later.
 
     Args:
         jobs: of the experiment.
@@ -52,22 +52,30 @@ def estimate(jobs: Sequence[Job], executor: Executors, out: Path) -> list[Kind]:
     kinds: dict[str, list[Job]] = {}
     for job in jobs:
         kinds.setdefault(_kind(job), []).append(job)
+    facts = {kind: _spent(found) for kind, found in kinds.items()}
+    unknown = [(kind, found[0]) for kind, found in kinds.items() if not facts[kind]]
     out.mkdir(parents=True, exist_ok=True)
     folder = Path(mkdtemp(prefix=".measuring-", dir=out))
     try:
         # They slow each other down: cores share their caches and their way to memory.
         at_once = min(executor.slots(), sum(not job.done() for job in jobs))
         probes: dict[str, list[Job]] = {
-            kind: [_probe(found[0], folder / f"{number}-{copy}") for copy in range(at_once)]
-            for number, (kind, found) in enumerate(kinds.items())
-            if not all(job.done() for job in found)
+            kind: [_probe(first, folder / f"{number}-{copy}") for copy in range(at_once)]
+            for number, (kind, first) in enumerate(unknown)
         }
         failures = do([probe for of in probes.values() for probe in of], "Measuring a step", executor, keep_going=True)
-        facts = {kind: _facts(of, failures) for kind, of in probes.items()}
+        facts |= {kind: _facts(of, failures) for kind, of in probes.items()}
     finally:
         rmtree(folder, ignore_errors=True)
     names = dict(zip(kinds, _names([found[0] for found in kinds.values()]), strict=True))
-    return [Kind(names[kind], tuple(found), **facts.get(kind, {})) for kind, found in kinds.items()]
+    return [Kind(names[kind], tuple(found), **facts[kind]) for kind, found in kinds.items()]
+
+
+def _spent(jobs: Sequence[Job]) -> dict[str, Any]:
+    """Seconds per iteration of those that are done; empty if none is."""
+    # The median, because one that was interrupted counts its last part alone.
+    rates = [read_json(job.folder / "manifest.json")["seconds"] / job.iterations for job in jobs if job.done()]
+    return {"step": median(rates)} if rates else {}
 
 
 def _facts(probes: Sequence[Job], failures: Sequence[Failure]) -> dict[str, Any]:
