@@ -571,6 +571,21 @@ def test_an_estimate_groups_what_costs_the_same(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_kinds_of_one_name_say_what_tells_them_apart(tmp_path: Path) -> None:
+    groups: list[dict[str, Any]] = [
+        {},
+        {"spatial": {"scale": [0.5, 2]}},
+        {"spatial": {"rotation": 1, "scale": [1, 1], "shift": 0.1}, "intensity": {"noise": 0.5}},
+    ]
+    settings = [{"strategy": "mixup", "batch": 3, "augmentation": group} for group in groups]
+    jobs = [fake(s, tmp_path / "finetune" / str(n), quick) for n, s in enumerate(settings)]
+    assert [kind.name for kind in estimate(jobs, Here(), tmp_path / "out")] == [
+        "fine-tuning, mixup",
+        "fine-tuning, mixup (scale=[0.5, 2])",
+        "fine-tuning, mixup (noise=0.5, rotation=1, scale=[1, 1], 1 more)",
+    ]
+
+
 def test_what_cannot_be_trained_is_known_before_hours_are_spent(tmp_path: Path) -> None:
     (kind,) = estimate([fake({}, tmp_path / "finetune" / "a", stumble)], Here(), tmp_path / "out")
     assert kind.problem.startswith("This cannot be trained.")

@@ -10,11 +10,13 @@ from statistics import mean, median
 from tempfile import mkdtemp
 from typing import Any
 
+from glocal import runs
 from glocal.experiments.executors import Executors, Work
 from glocal.experiments.jobs import Failure, Job, do
 from glocal.files import read_json, write_json
 
 FEW, MORE = 2, 22  # iterations of the two short trainings whose difference is measured
+SAID = 3  # settings at most that tell a kind from others of its name
 
 
 @dataclass(frozen=True)
@@ -98,18 +100,18 @@ def _paid(job: Job) -> dict[str, Any]:
 
 
 def _names(jobs: Sequence[Job]) -> list[str]:
-    """What kinds are called; those that would be called the same say in which plain settings they differ."""
-    names = [_name(job) for job in jobs]
+    """What kinds are called; those that would be called the same say in which settings they differ."""
+    names, settings = [_name(job) for job in jobs], [runs.flatten(_paid(job)) for job in jobs]
     told = []
-    for name, job in zip(names, jobs, strict=True):
-        alike = [_paid(other) for other, same in zip(jobs, names, strict=True) if same == name]
-        settings = _paid(job)
+    for name, own in zip(names, settings, strict=True):
+        alike = [other for other, same in zip(settings, names, strict=True) if same == name]
         differ = [
-            f"{key}={settings[key]}"
-            for key in sorted(settings)
-            if isinstance(settings[key], str | int | float) and any(one.get(key) != settings[key] for one in alike)
+            f"{key.rpartition('.')[2]}={own[key]}"
+            for key in sorted(own)
+            if isinstance(own[key], str | int | float | list | tuple) and any(one.get(key) != own[key] for one in alike)
         ]
-        told.append(f"{name} ({', '.join(differ)})" if differ else name)
+        more = f", {len(differ) - SAID} more" if len(differ) > SAID else ""
+        told.append(f"{name} ({', '.join(differ[:SAID])}{more})" if differ else name)
     return told
 
 
