@@ -571,6 +571,27 @@ def test_an_estimate_groups_what_costs_the_same(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize(("kinds", "jobs", "copies"), [(1, 9, 4), (1, 3, 3), (3, 9, 2), (6, 1, 1)])
+def test_a_step_is_measured_beside_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kinds: int, jobs: int, copies: int
+) -> None:
+    """As many as will run at the same time, of several kinds if there are several."""
+    monkeypatch.setattr(Here, "slots", lambda self: 4)
+    begun: list[int] = []
+
+    def counted(run: Path, settings: Mapping[str, Any], store: Path) -> None:
+        if run.name == "warm":
+            begun.append(settings["batch"])
+
+    asked = [
+        fake({"strategy": "mixup", "batch": kind + 1, "draw": draw}, tmp_path / "finetune" / f"{kind}-{draw}", counted)
+        for kind in range(kinds)
+        for draw in range(jobs)
+    ]
+    estimate(asked, Here(), tmp_path / "out")
+    assert sorted(begun) == sorted([*range(1, kinds + 1)] * copies)
+
+
 def test_kinds_of_one_name_say_what_tells_them_apart(tmp_path: Path) -> None:
     groups: list[dict[str, Any]] = [
         {},

@@ -59,10 +59,11 @@ def estimate(jobs: Sequence[Job], executor: Executors, out: Path) -> list[Kind]:
     out.mkdir(parents=True, exist_ok=True)
     folder = Path(mkdtemp(prefix=".measuring-", dir=out))
     try:
-        # They slow each other down: cores share their caches and their way to memory.
+        # They slow each other down, since cores share their caches and their way to memory: so none is measured alone.
         at_once = min(executor.slots(), sum(not job.done() for job in jobs))
+        copies = -(-at_once // max(1, len(unknown)))
         probes: dict[str, list[Job]] = {
-            kind: [_probe(first, folder / f"{number}-{copy}") for copy in range(at_once)]
+            kind: [_probe(first, folder / f"{number}-{copy}") for copy in range(copies)]
             for number, (kind, first) in enumerate(unknown)
         }
         failures = do([probe for of in probes.values() for probe in of], "Measuring a step", executor, keep_going=True)
