@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from glocal.data.dataset import write_dataset_json
 from glocal.errors import GlocalError
 from glocal.experiments.derive import ITERATIONS, derived
+from glocal.finetuning.registry import finetuning_options
+from glocal.options import merged
 
 Write = Callable[..., None]
 
@@ -164,6 +166,24 @@ def test_network_and_iterations_follow_size_and_machine(tmp_path: Path, write: W
     assert result["protocol"] == {"draws": 2}
     assert settings["preprocess"] == {"auto": True}
     assert derived(result) == result
+
+
+def test_without_spacing_labelled_slices_are_seen_at_more_scales(tmp_path: Path, write: Write) -> None:
+    write("a", (4, 48, 40), (1.0, 1.0, 8.0))
+
+    def finetune(given: dict[str, Any], **preprocess: Any) -> dict[str, Any]:
+        part = {"auto": True, "max_iterations": 5, **given}
+        found = derived({"data": tmp_path, "preprocess": {"auto": True, **preprocess}, "finetune": part})["finetune"]
+        assert finetuning_options(found).max_iterations == 5
+        return {key: value for key, value in found.items() if key != "max_iterations"}
+
+    wide = {"augmentation": {"spatial": {"scale": [0.5, 2]}}}
+    assert finetune({}) == finetune({}, spacing_known=True) == {}
+    assert finetune({}, spacing_known=False) == wide
+    own: dict[str, Any] = {"augmentation": {"spatial": {"rotation": 9}, "intensity": "none"}}
+    assert finetune(own, spacing_known=False) == merged(wide, own)
+    for given in ({"augmentation": "none"}, {"augmentation": {"spatial": {"scale": [1, 1]}}}):
+        assert finetune(given, spacing_known=False) == given
 
 
 @pytest.mark.parametrize(

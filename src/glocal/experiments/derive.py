@@ -17,12 +17,13 @@ from glocal.data.plan import PreprocessOptions
 from glocal.data.split import ProtocolOptions, make_split
 from glocal.errors import GlocalError
 from glocal.networks.registry import network_options
-from glocal.options import validated
+from glocal.options import merged, validated
 
 LARGEST_SIDE = {"cpu": 128, "cuda": 256}
 SMALLEST_BOTTLENECK = 5
 # Iterations of pre-training (each stage) and fine-tuning: minutes on two cores, the papers' on a GPU.
 ITERATIONS = {"cpu": (1500, 1000), "cuda": (10_000, 10_000)}
+UNKNOWN_SCALE = [0.5, 2]  # of labelled slices, where nothing says how wide a pixel is
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ def derived(settings: Mapping[str, Any]) -> dict[str, Any]:
                 defaults = {"max_iterations": pretraining} | (volumes if part.get("method") == "gcl" else {})
                 result["pretrain"][name] = defaults | dict(part)
     if "finetune" in parts:
-        result["finetune"] = {"max_iterations": finetuning} | result["finetune"]
+        spacing_known = result.get("preprocess", {}).get("spacing_known", True)
+        views = {} if spacing_known else {"augmentation": {"spatial": {"scale": UNKNOWN_SCALE}}}
+        result["finetune"] = merged({"max_iterations": finetuning} | views, result["finetune"])
     return result
 
 
