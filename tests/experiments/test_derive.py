@@ -240,6 +240,8 @@ def test_what_is_missing_is_said(tmp_path: Path, write: Write) -> None:
     write("a", (4, 48, 40), (1.0, 1.0, 8.0))
     with pytest.raises(GlocalError, match=r"preprocess\.size is missing"):
         derived({"data": str(tmp_path), "network": {"auto": True}})
+    with pytest.raises(GlocalError, match="preprocess=3 does not fit: it must be settings of its own"):
+        derived({"data": str(tmp_path), "preprocess": 3, "finetune": {"auto": True}})
     (tmp_path / "imagesTr" / "a_0000.mha").write_text("no image")
     with pytest.raises(GlocalError, match=r"a_0000\.mha cannot be read: run `glocal check`"):
         preprocess(tmp_path)

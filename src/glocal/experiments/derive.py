@@ -51,8 +51,9 @@ def derived(settings: Mapping[str, Any]) -> dict[str, Any]:
     where = "cuda" if torch.cuda.is_available() and str(settings.get("device", "auto")) != "cpu" else "cpu"
     if "preprocess" in parts:
         result["preprocess"] = _preprocess(dataset, _checked(result["preprocess"]), LARGEST_SIDE[where])
-    if "network" in parts:
+    if parts & {"network", "finetune"}:
         preprocess = validated(PreprocessOptions, result.get("preprocess", {}), "preprocess")
+    if "network" in parts:
         result["network"] = _widths(result["network"], min(preprocess.size)) | result["network"]
     pretraining, finetuning = ITERATIONS[where]
     if "pretrain" in parts:
@@ -62,8 +63,7 @@ def derived(settings: Mapping[str, Any]) -> dict[str, Any]:
                 defaults = {"max_iterations": pretraining} | (volumes if part.get("method") == "gcl" else {})
                 result["pretrain"][name] = defaults | dict(part)
     if "finetune" in parts:
-        spacing_known = result.get("preprocess", {}).get("spacing_known", True)
-        views = {} if spacing_known else {"augmentation": {"spatial": {"scale": UNKNOWN_SCALE}}}
+        views = {} if preprocess.spacing_known else {"augmentation": {"spatial": {"scale": UNKNOWN_SCALE}}}
         result["finetune"] = merged({"max_iterations": finetuning} | views, result["finetune"])
     return result
 
