@@ -203,15 +203,20 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(
     out: Path, recipe: str, raw: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = times(out)
+    left, busy = out / ".measuring-killed", out / ".measuring-busy"  # by a process that was killed; by one at work
+    for folder in (left, busy):
+        write_text(folder / ".lock", "")
     words = ["name=dry", "experiment.vary.labels=[1,2,all]", "experiment.vary.contender=[random]"]
-    assert experiment(recipe, [f"data={raw}", f"out={out}", *words], workers=1, dry_run=True) is None
+    with runs.held(busy):
+        assert experiment(recipe, [f"data={raw}", f"out={out}", *words], workers=1, dry_run=True) is None
+    assert list(out.glob(".measuring-*")) == [busy]
+    shutil.rmtree(busy)
     said = capfd.readouterr().err
     assert "dry: contender (1) x labels (3) x split (1) x draw (2); compared with contender=random." in said
     assert re.search(r"fine-tuning, supervised +6 +2 ", said)
     assert "2 of 6 trainings to do: about" in said
     assert times(out) == before
     assert not (out / "dry").exists()
-    assert not list(out.glob(".measuring-*"))
 
 
 def test_another_experiment_trains_only_what_is_new(
@@ -477,6 +482,11 @@ def test_transductive_is_said_in_every_table(raw: Path, tmp_path: Path) -> None:
         (["experiment.tables.dice.structure=wal"], "names the structure 'wal': did you mean"),
         (["experiment.tables.dice.checkpoint=best"], "needs validation volumes: set finetune.validation"),
         (["experiment.tables.dice.metric=nsd", "preprocess.spacing_known=false"], "nsd, which is in mm"),
+        (
+            ["experiment.vary={protocol.evaluate: [test, development]}"],
+            "protocol.evaluate is test here and development there: what is compared needs one value of it",
+        ),
+        (["experiment.vary={protocol.budget: [volumes, subjects]}"], "protocol.budget is volumes here and subjects"),
         (["experiment.vary.labels=[3]"], "With labels=3 two of the 2 draws of split 0 would label the same volumes"),
         (["data=nowhere"], "nowhere"),
     ],

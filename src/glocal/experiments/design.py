@@ -93,6 +93,7 @@ def read_experiment(recipe: str, words: Sequence[str] = ()) -> Experiment:
     settings = derived(settings | {"data": str(Path(str(settings["data"])).resolve()), "out": str(out)})
     found = variants(_decided(settings, out), options)
     _refuse_names(settings["name"], options.tables)
+    _refuse_mixed_protocols(found)
     axes = axes_of(found)
     rows = tuple(axis for axis in axes if axis != "labels" and (len(axes[axis]) > 1 or axis == "contender"))
     tables = dict(options.tables) or {"dice": TableOptions(rows=rows or (next(iter(axes)),))}
@@ -119,6 +120,17 @@ def _refuse_names(name: str, tables: Mapping[str, TableOptions]) -> None:
         if Path(chosen).name != chosen or not chosen or chosen.startswith("."):
             raise GlocalError(
                 f"{key}: {chosen!r} cannot be the name of a file, choose one without / and dots in front."
+            )
+
+
+def _refuse_mixed_protocols(found: Sequence[Variant]) -> None:
+    """Differences are paired by subject, and a table has one word for its subjects and one for its budgets."""
+    for key in ("evaluate", "budget"):
+        chosen = list(dict.fromkeys(getattr(variant.recipe.protocol, key) for variant in found))
+        if len(chosen) > 1:
+            raise GlocalError(
+                f"protocol.{key} is {' here and '.join(chosen)} there: what is compared needs one value of it; make "
+                "an experiment of each."
             )
 
 

@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
@@ -11,11 +12,13 @@ from tempfile import mkdtemp
 from typing import Any
 
 from glocal import runs
+from glocal.errors import Busy
 from glocal.experiments.executors import Executors, Work
 from glocal.experiments.jobs import Failure, Job, do
 from glocal.files import read_json, write_json
 
 FEW, MORE = 2, 22  # iterations of the two short trainings whose difference is measured
+SCRATCH = ".measuring-"  # begins the names of folders of short trainings
 SAID = 3  # settings at most that tell a kind from others of its name
 
 
@@ -56,9 +59,7 @@ def estimate(jobs: Sequence[Job], executor: Executors, out: Path) -> list[Kind]:
         kinds.setdefault(_kind(job), []).append(job)
     facts = {kind: _spent(found) for kind, found in kinds.items()}
     unknown = [(kind, found[0]) for kind, found in kinds.items() if not facts[kind]]
-    out.mkdir(parents=True, exist_ok=True)
-    folder = Path(mkdtemp(prefix=".measuring-", dir=out))
-    try:
+    with _scratch(out) as folder:
         # They slow each other down, since cores share their caches and their way to memory: so none is measured alone.
         at_once = min(executor.slots(), sum(not job.done() for job in jobs))
         copies = -(-at_once // max(1, len(unknown)))
@@ -68,10 +69,23 @@ def estimate(jobs: Sequence[Job], executor: Executors, out: Path) -> list[Kind]:
         }
         failures = do([probe for of in probes.values() for probe in of], "Measuring a step", executor, keep_going=True)
         facts |= {kind: _facts(of, failures) for kind, of in probes.items()}
-    finally:
-        rmtree(folder, ignore_errors=True)
     names = dict(zip(kinds, _names([found[0] for found in kinds.values()]), strict=True))
     return [Kind(names[kind], tuple(found), **facts[kind]) for kind, found in kinds.items()]
+
+
+@contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    """A folder for measuring, removed at the end; with those of processes that were killed before their end."""
+    for folder in [lock.parent for lock in out.glob(f"{SCRATCH}*/.lock")]:
+        with suppress(Busy), runs.held(folder):
+            rmtree(folder, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    folder = Path(mkdtemp(prefix=SCRATCH, dir=out))
+    with runs.held(folder):
+        try:
+            yield folder
+        finally:
+            rmtree(folder, ignore_errors=True)
 
 
 def _spent(jobs: Sequence[Job]) -> dict[str, Any]:
@@ -135,5 +149,7 @@ def measure(work: Work, folder: Path, settings: dict[str, Any], **arguments: Any
         work(run=folder / run, settings=settings | {"max_iterations": iterations}, **arguments)
         seconds.append(time.monotonic() - started)
     stages = max(1, len(list((folder / "more").glob("stage-*"))))
+    for run in ("warm", "few", "more"):  # there may be many kinds, and space may be short
+        rmtree(folder / run, ignore_errors=True)
     step = max(0.0, (seconds[2] - seconds[1]) / (MORE - FEW) / stages)
     write_json(folder / "manifest.json", {"step": step, "fixed": max(0.0, seconds[1] - FEW * stages * step)})

@@ -62,6 +62,8 @@ def do(jobs: Sequence[Job], description: str, executor: Executors, keep_going: b
     """
     board, started, said = _Board(jobs, executor, keep_going), time.monotonic(), ""
     begun = board.state()["completed"]
+    if not board.open:
+        return []
     with nullcontext(Progress(disable=True)) if executor.shows else progress() as bar:
         task = bar.add_task(description, info="", **board.state())
         while board.open:
