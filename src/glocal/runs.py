@@ -135,6 +135,11 @@ def finish(folder: Path, started: float, **facts: Any) -> None:
     write_json(folder / "manifest.json", {**facts, **environment(), "seconds": round(time.time() - started, 1)})
 
 
+def amend(folder: Path, **facts: Any) -> None:
+    """Give facts of a finished run's manifest other values: what was measured later changes neither date nor time."""
+    write_json(folder / "manifest.json", {**manifest_of(folder), **facts})
+
+
 def finished(folder: Path) -> bool:
     """Whether the run in `folder` was completed."""
     return (folder / "manifest.json").exists()

@@ -189,14 +189,26 @@ def test_a_removed_pretraining_is_not_done_again_for_nothing(out: Path, recipe: 
     experiment(recipe, [f"data={raw}", f"out={out}"], workers=1)
 
 
-def test_development_is_said_of_every_table(recipe: str, raw: Path, tmp_path: Path) -> None:
-    words = ["protocol.evaluate=development", "protocol.draws=1", "experiment.vary.labels=[1]"]
+def test_development_is_said_of_every_table_and_test_subjects_are_measured_without_training(
+    recipe: str, raw: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
     tables = "experiment.tables={one: {}, two: {metric: iou}}"
-    page = experiment(recipe, [f"data={raw}", f"out={tmp_path / 'out'}", *words, tables], workers=1)
+    words = [f"data={raw}", f"out={out}", "protocol.draws=1", "experiment.vary.labels=[1]", tables]
+    page = experiment(recipe, [*words, "protocol.evaluate=development"], workers=1)
     assert page is not None
     said = page.read_text(encoding="utf-8")
     assert said.count("Measured on development subjects: for choosing") == 2  # of the page, and of the second table
     assert said.count("Means over development subjects") == 1  # with all else about the first
+
+    weights = {path: at for path, at in times(out).items() if path.suffix == ".safetensors"}
+    capfd.readouterr()
+    experiment(recipe, [*words, "name=chosen"], workers=1)
+    assert "Every training is done. 2 finished ones only to be measured." in capfd.readouterr().err
+    assert {path: at for path, at in times(out).items() if path.suffix == ".safetensors"} == weights
+    for name, case in (("first", "case4"), ("chosen", "case5")):
+        assert set(pd.read_csv(out / name / "results.csv")["case"]) == {case}
+    assert "Means over test subjects" in (out / "chosen" / "index.html").read_text(encoding="utf-8")
 
 
 def test_a_dry_run_prints_the_plan_and_trains_nothing(

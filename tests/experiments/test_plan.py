@@ -143,7 +143,7 @@ OFF = "none"
         ({"network": {"widths": [4, 8]}}, PRETRAININGS | FINETUNINGS),
         ({"protocol": {"folds": 2}}, PRETRAININGS | FINETUNINGS),  # other cases are trained on
         ({"protocol": {"transductive": True}}, OF_PCL | OF_GCL),
-        ({"protocol": {"evaluate": "development"}}, FINETUNINGS),
+        ({"protocol": {"evaluate": "development"}}, set()),  # whom it is measured on decides nothing of a training
         ({"protocol": {"budget": "subjects"}}, FINETUNINGS),
         ({"pretrain": {"pcl": {"temperature": 0.2}}}, OF_PCL),
         ({"pretrain": {"pcl": {"augmentation": OFF}}}, OF_PCL),  # no augmentation is not the default one

@@ -49,11 +49,11 @@ def make(tmp_path: Path) -> Make:
         if rows is not None:
             columns = ["checkpoint", "case", "subject", "class", "dice", "hd95"]
             pd.DataFrame(rows, columns=columns).assign(transductive=False).to_csv(
-                folder / "evaluation.csv", index=False
+                folder / "evaluation-test.csv", index=False
             )
         if done:
-            write_json(folder / "manifest.json", {})
-        job = Job(print, {"settings": {"validation": validation}}, folder, 1)
+            write_json(folder / "manifest.json", {"evaluated": {"test": []}})
+        job = Job(print, {"settings": {"validation": validation}}, folder, 1, subjects="test")
         return Training(Variant(axes, {}), part, draw, job, None)
 
     return training

@@ -285,7 +285,7 @@ def test_two_labels_and_nothing_to_measure_on(recipe: str, write_dataset: Any, t
     words = [f"data={raw}", f"out={tmp_path / 'run'}", "finetune.labels=2", "protocol.draws=1", "compare=[pcl]"]
     out = run(recipe, words, workers=1)
     assert not (out / "table.md").exists()
-    assert not list(out.rglob("evaluation.csv"))
+    assert not list(out.rglob("evaluation*.csv"))
     assert "split-0/pcl/labels-2-draw-0" in trainings(out)
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "No labelled volume" in page
@@ -421,7 +421,7 @@ def test_single_steps_from_words(recipe: str, raw: Path, tmp_path: Path) -> None
     pretrain_with(tmp_path / "store", tmp_path / "pre", "pcl", [*short, "outputs=4"])
     assert read_header(tmp_path / "pre" / "model.safetensors").network.widths == (4, 8)
     finetune_with(tmp_path / "store", tmp_path / "fine", "case1,case0", tmp_path / "pre", [*short, *protocol])
-    assert set(pd.read_csv(tmp_path / "fine" / "evaluation.csv")["case"]) == {"case4"}
+    assert set(pd.read_csv(tmp_path / "fine" / "evaluation-development.csv")["case"]) == {"case4"}
     assert read_header(tmp_path / "fine" / "model.safetensors").provenance["labelled"] == ["case1", "case0"]
     labelled = [*short, "outputs=4", "local_batch=1", "hidden=4", "draw=1"]
     pretrain_with(tmp_path / "store", tmp_path / "le", "label-efficient", labelled, "1")

@@ -45,7 +45,7 @@ def write_training(
         for case, values in table.items()
         for k, value in enumerate(values)
     ]
-    pd.DataFrame(rows).to_csv(folder / "evaluation.csv", index=False)
+    pd.DataFrame(rows).to_csv(folder / "evaluation-test.csv", index=False)
 
 
 @pytest.fixture

@@ -160,8 +160,8 @@ def measured(trainings: Sequence[Training], dice: dict[tuple[str, int], list[flo
         write_split(folder, training.split, Draw(training.draw, ("case0",), ()))
         if value is not None:
             row = {"checkpoint": "last", "case": "case4", "subject": "case4", "class": "wall", "dice": value}
-            pd.DataFrame([row]).to_csv(folder / "evaluation.csv", index=False)
-            write_json(folder / "manifest.json", {})
+            pd.DataFrame([row]).to_csv(folder / "evaluation-development.csv", index=False)
+            write_json(folder / "manifest.json", {"evaluated": {"development": ["case4"]}})
 
 
 def test_the_best_mean_over_draws_is_chosen_and_the_earlier_of_equals(
@@ -261,12 +261,13 @@ def test_only_split_0_is_tuned_on(raw: Path, store: Store, tmp_path: Path) -> No
 
 
 def test_a_tuned_experiment(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ways of preprocessing that are tried have stores of their own, and test subjects are never looked at."""
+    """Ways of preprocessing that are tried have stores of their own; of test subjects only the chosen trials, which are
+    not trained again, see anything."""
     monkeypatch.setattr(planning, "report", lambda run: write_text(run / "report.html", "a report"))
     monkeypatch.setattr(measuring, "FEW", 1)
     monkeypatch.setattr(measuring, "MORE", 2)
     vary = {"contender": ["random", "pcl"], "labels": [2]}
-    tune = {"keys": {"preprocess.size": [[16, 16]], "finetune.learning_rate": [0.01]}, "trials": 2, "labels": 1}
+    tune = {"keys": {"preprocess.size": [[16, 16]], "finetune.learning_rate": [0.01]}, "trials": 2, "labels": 2}
     recipe = tmp_path / "tuned.yaml"
     part = {"vary": vary, "tune": tune, "statistics": {"resamples": 20}}
     recipe.write_text(yaml.safe_dump(RECIPE | {"experiment": part}))
@@ -281,13 +282,14 @@ def test_a_tuned_experiment(raw: Path, tmp_path: Path, monkeypatch: pytest.Monke
         ("pcl", 1),
     ]
     finetunings = {path.parent: manifest_of(path.parent) for path in out.glob("finetune/*/manifest.json")}
-    evaluated = sorted((facts["evaluated"], facts["cases"]) for facts in finetunings.values())
-    assert evaluated == [("development", ["case4"])] * 4 + [("test", ["case5"])] * 2
+    chosen_on, shown_on = {"development": ["case4"]}, {"test": ["case5"]}
+    evaluated = sorted((facts["evaluated"] for facts in finetunings.values()), key=len)
+    assert evaluated == [chosen_on] * 2 + [chosen_on | shown_on] * 2
     # A trial's Dice, and its method's best, by hand.
     dice: dict[bool, list[float]] = {True: [], False: []}
-    for folder, facts in finetunings.items():
-        if facts["evaluated"] == "development":
-            dice[(folder / "transfer.json").exists()].append(pd.read_csv(folder / "evaluation.csv")["dice"].mean())
+    for folder in finetunings:
+        found = pd.read_csv(folder / "evaluation-development.csv")["dice"].mean()
+        dice[(folder / "transfer.json").exists()].append(found)
     for method, is_pretrained in (("random", False), ("pcl", True)):
         rows = trials[trials["method"] == method]
         assert sorted(rows["dice"]) == pytest.approx(sorted(dice[is_pretrained]), abs=1e-5)

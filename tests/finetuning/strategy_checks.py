@@ -162,7 +162,7 @@ class StrategyChecks:
         assert network(store.volume("case5")).shape == (6, 3, 32, 32)
         assert header.provenance["finetuning"]["strategy"] == self.strategy
         assert (tmp_path / "best.safetensors").exists()
-        assert (tmp_path / "evaluation.csv").exists()
+        assert (tmp_path / "evaluation-test.csv").exists()
 
 
 class SemiSupervisedChecks(StrategyChecks):

@@ -13,7 +13,7 @@ from glocal.data.plan import PreprocessOptions
 from glocal.data.preprocess import preprocess
 from glocal.data.split import ProtocolOptions, Split
 from glocal.data.store import Store
-from glocal.errors import GlocalError
+from glocal.errors import Busy, GlocalError
 from glocal.evaluation.metrics import METRICS, dice
 from glocal.experiments.report import report
 from glocal.files import read_json, write_json
@@ -22,13 +22,13 @@ from glocal.finetuning.measure import Validation
 from glocal.inference import folded, slice_probabilities
 from glocal.model import load_network, read_header
 from glocal.pretraining.pretrain import pretrain
-from glocal.runs import manifest_of
+from glocal.runs import held, manifest_of
 
 SHORT = {"labels": 2, "max_iterations": 2, "batch": 2}
 
 
 def test_the_run_holds_models_masks_and_figures(finetuned: Path, store: Store) -> None:
-    table = pd.read_csv(finetuned / "evaluation.csv")
+    table = pd.read_csv(finetuned / "evaluation-test.csv")
     rows = [(row.checkpoint, row.case, row.subject, row["class"]) for _, row in table.iterrows()]
     assert rows == [(name, "case5", "case5", label) for name in ("last", "best") for label in ("wall", "blood")]
     assert table["dice"].min() > 0.7
@@ -41,7 +41,7 @@ def test_the_run_holds_models_masks_and_figures(finetuned: Path, store: Store) -
     measured = table[table["checkpoint"] == "best"].set_index("class")["dice"]
     assert measured["wall"] == pytest.approx(dice(mask.array == 1, truth.array == 1))
     manifest = manifest_of(finetuned)
-    assert (manifest["kind"], manifest["evaluated"], manifest["cases"]) == ("finetune", "test", ["case5"])
+    assert (manifest["kind"], manifest["evaluated"]) == ("finetune", {"test": ["case5"]})
     assert Path(manifest["store"]) == store.path
 
 
@@ -126,7 +126,7 @@ def test_a_test_subject_seen_in_pretraining_is_refused(store: Store, tmp_path: P
     assert "case5" in read_header(tmp_path / "open" / "model.safetensors").provenance["subjects"]
     assert finetune(store, tmp_path / "run", {**cheap, **SHORT}, tmp_path / "open", split=split).exists()
     # Whatever is read of it afterwards says so.
-    assert pd.read_csv(tmp_path / "run" / "evaluation.csv")["transductive"].all()
+    assert pd.read_csv(tmp_path / "run" / "evaluation-test.csv")["transductive"].all()
     assert any("Transductive" in warning for warning in manifest_of(tmp_path / "run")["warnings"])
     assert "Transductive" in report(tmp_path / "run").read_text(encoding="utf-8")
 
@@ -154,7 +154,7 @@ def test_the_split_of_the_pretraining_is_taken(store: Store, tmp_path: Path, che
         run = tmp_path / f"run{number}"
         finetune(store, run, {**cheap, **SHORT}, source)
         assert read_json(run / "split.json")["split"]["test"] == ["case0"]
-        assert set(pd.read_csv(run / "evaluation.csv")["case"]) == {"case0"}
+        assert set(pd.read_csv(run / "evaluation-test.csv")["case"]) == {"case0"}
 
 
 def test_two_labelled_cases_and_nothing_to_test_on(
@@ -164,9 +164,9 @@ def test_two_labelled_cases_and_nothing_to_test_on(
     store = preprocess(raw, tmp_path / "store", preprocessing, workers=1)
     model = finetune(store, tmp_path / "run", {**cheap, **SHORT})
     assert sorted(read_header(model).provenance["labelled"]) == ["a", "c"]
-    assert not (tmp_path / "run" / "evaluation.csv").exists()
+    assert not list((tmp_path / "run").glob("evaluation*"))
     assert not (tmp_path / "run" / "predictions").exists()
-    assert manifest_of(tmp_path / "run")["evaluated"] is None
+    assert manifest_of(tmp_path / "run")["evaluated"] == {"test": []}
     page = report(tmp_path / "run").read_text(encoding="utf-8")
     assert "No labelled volume was kept for testing" in page
     assert "leave_one_out" in page
@@ -193,12 +193,37 @@ def test_labelled_cases_by_name(store: Store, tmp_path: Path, cheap: dict[str, A
     assert not (tmp_path / "other").exists()
 
 
-def test_development_subjects_are_measured_when_asked(store: Store, tmp_path: Path, cheap: dict[str, Any]) -> None:
-    protocol = ProtocolOptions(evaluate="development")
-    finetune(store, tmp_path / "run", {**cheap, **SHORT}, protocol=protocol)
-    assert set(pd.read_csv(tmp_path / "run" / "evaluation.csv")["case"]) == {"case4"}
-    with pytest.raises(GlocalError, match="begun with evaluate=development, now it is test"):
-        finetune(store, tmp_path / "run", {**cheap, **SHORT})
+def test_development_subjects_are_measured_when_asked_and_test_subjects_later(
+    store: Store, tmp_path: Path, cheap: dict[str, Any]
+) -> None:
+    """What was chosen on development subjects is not trained again to be measured on test subjects."""
+    run, settings = tmp_path / "run", {**cheap, **SHORT, "validation": 1}
+    finetune(store, run, settings, protocol=ProtocolOptions(evaluate="development"))
+    development = (run / "evaluation-development.csv").read_bytes()
+    assert set(pd.read_csv(run / "evaluation-development.csv")["case"]) == {"case4"}
+    assert [file.name for file in (run / "predictions").iterdir()] == ["case4.nii.gz"]
+    assert not (run / "evaluation-test.csv").exists()
+    first = manifest_of(run)
+    assert first["evaluated"] == {"development": ["case4"]}
+    page = report(run).read_text(encoding="utf-8")
+    assert "mean Dice of 1 development case" in page
+    assert "mean Dice of 1 test case" not in page
+    trained = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.suffix in (".safetensors", ".jsonl")}
+
+    with held(run), pytest.raises(Busy):
+        finetune(store, run, settings)
+    finetune(store, run, settings)
+    assert {path: path.stat().st_mtime_ns for path in trained} == trained
+    assert manifest_of(run) == {**first, "evaluated": {"development": ["case4"], "test": ["case5"]}}
+    assert (run / "evaluation-development.csv").read_bytes() == development
+    page = report(run).read_text(encoding="utf-8")
+    assert "mean Dice of 1 development case" in page
+    assert "mean Dice of 1 test case" in page
+
+    finetune(store, tmp_path / "at-once", settings)
+    both = [pd.read_csv(folder / "evaluation-test.csv") for folder in (run, tmp_path / "at-once")]
+    pd.testing.assert_frame_equal(*both)
+    assert sorted(file.name for file in (run / "predictions").iterdir()) == ["case4.nii.gz", "case5.nii.gz"]
 
 
 def test_other_slices_than_those_of_the_pretraining_are_refused(
@@ -237,7 +262,7 @@ def test_a_dataset_that_has_moved_is_said(store: Store, tmp_path: Path, cheap: d
         finetune(moved, tmp_path / "run", {**cheap, **SHORT})
     assert not (tmp_path / "run" / "model.safetensors").exists()  # said before the training, not after
     assert finetune(store, tmp_path / "run", {**cheap, **SHORT}).exists()
-    assert (tmp_path / "run" / "evaluation.csv").exists()
+    assert (tmp_path / "run" / "evaluation-test.csv").exists()
 
 
 def test_the_report_shows_cases_and_pictures(finetuned: Path, store: Store) -> None:

@@ -23,6 +23,7 @@ def finetune(
 ) -> None:
     """Fine-tune on a few labelled volumes; test cases, where there are any, are predicted and measured."""
     from glocal.experiments.steps import finetune_with
+    from glocal.runs import manifest_of
 
     model = finetune_with(store, run, labels, pretrained, words or [], strategy)
     if (run / "transfer.json").exists():
@@ -30,14 +31,17 @@ def finetune(
         from glocal.model import Transfer
 
         typer.echo(Transfer(**read_json(run / "transfer.json")).sentence())
-    if (run / "evaluation.csv").exists():
+    evaluated = [subjects for subjects, cases in manifest_of(run)["evaluated"].items() if cases]
+    for subjects in evaluated:
         import pandas as pd
         from rich.console import Console
 
         from glocal.cli.evaluate import class_table
+        from glocal.finetuning.measure import evaluation_file
 
-        frame = pd.read_csv(run / "evaluation.csv")
+        frame = pd.read_csv(evaluation_file(run, subjects))
+        typer.echo(f"Measured on {subjects} subjects:")
         Console().print(class_table(frame[frame["checkpoint"] == "last"]))
-    else:
+    if not evaluated:
         typer.echo("No labelled volume was kept for testing: the model has no Dice of unseen cases.")
     typer.echo(f"Model: {model}. Next: glocal predict {run} IMAGES OUT, or glocal report {run}")

@@ -14,6 +14,8 @@ from glocal.errors import GlocalError
 from glocal.files import read_json, write_json
 from glocal.randomness import generator
 
+Evaluated = Literal["test", "development"]  # the subjects that trainings are measured on
+
 
 class Member(Protocol):
     """A case as a split sees it."""
@@ -47,7 +49,7 @@ class ProtocolOptions(BaseModel):
     budget: Literal["volumes", "subjects"] = Field(
         "volumes", description="what labels and validation count; a subject brings all its labelled volumes"
     )
-    evaluate: Literal["test", "development"] = Field("test", description="choose settings on development subjects")
+    evaluate: Evaluated = Field("test", description="choose settings on development subjects")
     leave_one_out: bool = Field(False, description="each labelled subject in turn is the test subject of its own split")
     transductive: bool = Field(False, description="test subjects' images may be pre-trained on; every table says so")
 

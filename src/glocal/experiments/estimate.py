@@ -34,13 +34,13 @@ class Kind:
 
     @property
     def open_jobs(self) -> list[Job]:
-        """Those that are not done yet."""
+        """Those that are not done yet; some may be trained, and only have to be measured."""
         return [job for job in self.jobs if not job.done()]
 
     @property
     def seconds(self) -> float:
         """All that is left to do, one after the other."""
-        return sum(self.fixed + self.step * job.iterations for job in self.open_jobs)
+        return sum(self.fixed + self.step * job.left for job in self.open_jobs)
 
 
 def estimate(jobs: Sequence[Job], executor: Executors, out: Path) -> list[Kind]:
@@ -89,9 +89,9 @@ def _scratch(out: Path) -> Iterator[Path]:
 
 
 def _spent(jobs: Sequence[Job]) -> dict[str, Any]:
-    """Seconds per iteration of those that are done; empty if none is."""
+    """Seconds per iteration of those that are finished; empty if none is."""
     # The median, because one that was interrupted counts its last part alone.
-    rates = [read_json(job.folder / "manifest.json")["seconds"] / job.iterations for job in jobs if job.done()]
+    rates = [read_json(job.folder / "manifest.json")["seconds"] / job.iterations for job in jobs if not job.left]
     return {"step": median(rates)} if rates else {}
 
 

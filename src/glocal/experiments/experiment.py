@@ -120,7 +120,7 @@ def _say(
         )
     table = Table("Training", "In all", "Left", "Seconds an iteration", "Time left", box=None, pad_edge=False)
     for kind in kinds:
-        left = len(kind.open_jobs)
+        left = _to_train(kind)
         figures = (f"{kind.step:.3f}", duration(kind.seconds)) if left else ("", "")
         table.add_row(kind.name, str(len(kind.jobs)), str(left), *figures)
     console.print(table)
@@ -128,12 +128,19 @@ def _say(
         if kind.problem:
             text = f"Warning: {kind.name} cannot be done: {kind.problem}"
             console.print(text, style="yellow", markup=False, soft_wrap=True)
-    left = sum(len(kind.open_jobs) for kind in kinds)
+    left = sum(map(_to_train, kinds))
+    measured = sum(len(kind.open_jobs) for kind in kinds) - left
     slots = max(1, executor.slots())
     seconds = sum(kind.seconds for kind in kinds) / slots
     at_once = f", {slots} at a time" if slots > 1 else ""
     text = f"{left} of {sum(len(kind.jobs) for kind in kinds)} trainings to do{at_once}: about {duration(seconds)}."
-    console.print(text if left else "Every training is done.", soft_wrap=True, highlight=False)
+    text = text if left else "Every training is done."
+    text += f" {count(range(measured), 'finished one')} only to be measured." if measured else ""
+    console.print(text, soft_wrap=True, highlight=False)
+
+
+def _to_train(kind: Kind) -> int:
+    return sum(job.left > 0 for job in kind.open_jobs)
 
 
 def _words(place: Mapping[str, str]) -> str:

@@ -12,9 +12,11 @@ from typing import Any
 from rich.progress import Progress
 
 from glocal import runs
+from glocal.data.split import Evaluated
 from glocal.errors import Busy, GlocalError
 from glocal.experiments.executors import LOST, Executors, JobError, Work, told
 from glocal.files import write_text
+from glocal.finetuning.measure import is_measured
 from glocal.progress import console, duration, progress
 from glocal.runs import FAILURE
 
@@ -31,10 +33,16 @@ class Job:
     folder: Path
     iterations: int
     needs: tuple[Path, ...] = ()  # folders of other jobs
+    subjects: Evaluated | None = None  # that the run must have been measured on
 
     def done(self) -> bool:
-        """Whether the run was finished before."""
-        return runs.finished(self.folder)
+        """Whether the run was finished before, and measured as it is to be."""
+        return is_measured(self.folder, self.subjects) if self.subjects else runs.finished(self.folder)
+
+    @property
+    def left(self) -> int:
+        """Iterations of a training that is not finished; one that is may have to be measured still."""
+        return 0 if runs.finished(self.folder) else self.iterations
 
 
 @dataclass(frozen=True)
@@ -165,7 +173,7 @@ class _Board:
         """Iterations done and to be done, as arguments of the bar."""
         failed = {failure.job.folder for failure in self.failures}
         total = sum(job.iterations for job in self.jobs if job.folder not in failed)
-        to_do = sum(job.iterations for job in self.open.values())
+        to_do = sum(job.left for job in self.open.values())
         begun = [job for job in self.open.values() if job.folder in self.resting or self._flies(job)]
         return {"total": total, "completed": total - to_do + sum(_iterations_done(job) for job in begun)}
 
@@ -185,7 +193,7 @@ def _killed(job: Job) -> str:
 
 def _iterations_done(job: Job) -> int:
     """Read off the logs, so that workers need not report."""
-    return min(job.iterations, sum(_last_iteration(log) for log in job.folder.glob("**/metrics.jsonl")))
+    return min(job.left, sum(_last_iteration(log) for log in job.folder.glob("**/metrics.jsonl")))
 
 
 def _last_iteration(log: Path) -> int:

@@ -23,6 +23,7 @@ from glocal.experiments.sections import (
 )
 from glocal.experiments.tables import HEADINGS, budget_size, caption, collect_results, paired, read_table, scores
 from glocal.files import read_json
+from glocal.finetuning.measure import evaluation_file
 from glocal.model import read_header
 from glocal.reporting.figures import paired_differences
 from glocal.reporting.html import Picture, Report, Section, Table, write_report
@@ -84,13 +85,13 @@ def _of_finetuning(run: Path) -> Report:
     curves = [curve(run, "loss")] + ([curve(run, "validation_dice")] if provenance["validation"] else [])
     sections = [Section("Learning curves", pictures=curves)]
     warnings = _warnings(manifest)
-    if (run / "evaluation.csv").exists():
-        frame = pd.read_csv(run / "evaluation.csv")
-        last = frame[frame["checkpoint"] == "last"]
-        figures += [
-            ("mean Dice", f"{last.groupby('case')['dice'].mean().mean():.3f}"),
-            ("cases measured", str(last["case"].nunique())),
-        ]
+    evaluated = {subjects: cases for subjects, cases in manifest["evaluated"].items() if cases}
+    last = pd.DataFrame()
+    for subjects, cases in sorted(evaluated.items()):  # test subjects come last, and are those shown
+        last = pd.read_csv(evaluation_file(run, subjects)).query("checkpoint == 'last'")
+        dice = last.groupby("case")["dice"].mean().mean()
+        figures.append((f"mean Dice of {count(cases, f'{subjects} case')}", f"{dice:.3f}"))
+    if evaluated:
         sections = [*measured(last), *best_and_worst(run, last), *sections]
     else:
         warnings.append(NO_TEST)
@@ -119,7 +120,7 @@ def _of_run(run: Path) -> Report:
         figures = _key_figures(run)
         sections.append(_comparison(run, results))
         best = _shown_training(run, results)
-        frame = pd.read_csv(best / "evaluation.csv")
+        frame = pd.read_csv(evaluation_file(best, settings["protocol"]["evaluate"]))
         frame = frame[frame["checkpoint"] == "last"]
         shown = f"Of the best contender, the training with the median Dice: {best.relative_to(run / 'finetune')}."
         for section in (*measured(frame), *best_and_worst(best, frame)):

@@ -8,6 +8,7 @@ import pandas as pd
 from glocal.errors import GlocalError
 from glocal.experiments.layout import TableOptions
 from glocal.experiments.plan import Training
+from glocal.finetuning.measure import evaluation_file
 
 
 def collect(trainings: Sequence[Training]) -> pd.DataFrame:
@@ -19,11 +20,13 @@ def collect(trainings: Sequence[Training]) -> pd.DataFrame:
     """
     frames = []
     for training in trainings:
-        path = training.job.folder / "evaluation.csv"
-        if not training.job.done() or not path.exists():
+        job = training.job
+        assert job.subjects is not None  # every fine-tuning's
+        path = evaluation_file(job.folder, job.subjects)
+        if not job.done() or not path.exists():
             continue
-        validation = training.job.arguments["settings"].get("validation", 0)
-        facts = {**training.place, "validation": validation, "run": str(training.job.folder)}
+        validation = job.arguments["settings"].get("validation", 0)
+        facts = {**training.place, "validation": validation, "run": str(job.folder)}
         text = {"subject": str, "case": str, "class": str}
         frame = pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])  # a subject may be called NA
         frames.append(frame.assign(**facts))

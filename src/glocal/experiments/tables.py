@@ -9,12 +9,13 @@ import pandas as pd
 from glocal import runs
 from glocal.errors import GlocalError
 from glocal.files import read_json, replacing, write_text
+from glocal.finetuning.measure import evaluation_file
 
 KEYS = ["split", "contender", "labels", "draw", "checkpoint"]
 
 
 def collect_results(out: Path) -> pd.DataFrame:
-    """Every `evaluation.csv` below a run, with split, contender, budget and draw.
+    """Everything that the trainings of a run have measured, with split, contender, budget and draw.
 
     Returns:
         One row per training, checkpoint, case and class; empty if nothing was measured.
@@ -22,7 +23,8 @@ def collect_results(out: Path) -> pd.DataFrame:
     frames = []
     recipe = runs.settings_of(out)
     order = {name: place for place, name in enumerate(["random", *(recipe["compare"] or recipe["pretrain"])])}
-    paths = sorted((out / "finetune").glob("split-*/*/labels-*/evaluation.csv"))
+    measured = evaluation_file(Path("split-*/*/labels-*"), recipe["protocol"]["evaluate"])
+    paths = sorted((out / "finetune").glob(str(measured)))
     for path in sorted(paths, key=lambda path: order[path.parent.parent.name]):  # contenders as the recipe has them
         settings, draw = runs.settings_of(path.parent), read_json(path.parent / "split.json")["draw"]
         labels = settings["labels"]

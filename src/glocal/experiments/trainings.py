@@ -74,7 +74,8 @@ def finetuning_job(
         "split": split,
     }
     needs = () if before is None else (before,)
-    return Job(finetune, arguments, folder, finetuning_options(settings).max_iterations, needs)
+    iterations = finetuning_options(settings).max_iterations
+    return Job(finetune, arguments, folder, iterations, needs, recipe.protocol.evaluate)
 
 
 def model_of(recipe: Recipe, contender: str, folder: Path) -> Path:

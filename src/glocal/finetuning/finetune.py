@@ -31,7 +31,7 @@ from glocal.errors import GlocalError
 from glocal.evaluation import metrics
 from glocal.files import digest, replacing, write_json
 from glocal.finetuning.base import FinetuningOptions, Strategy
-from glocal.finetuning.measure import Validation, calibrate, measure, measured_cases
+from glocal.finetuning.measure import Validation, calibrate, is_measured, measure, measured_cases
 from glocal.finetuning.registry import finetuning_options, strategy_named
 from glocal.model import Header, Transfer, find_model, read_header, save_model, transfer
 from glocal.networks.base import SegmentationNetwork
@@ -57,6 +57,8 @@ def finetune(
 ) -> Path:
     """Fine-tune on the labelled volumes of one draw, then predict and measure the test (or development) cases.
 
+    A training that was measured on development subjects, for choosing, is not repeated to be measured on test subjects.
+
     Args:
         store: what `preprocess` made.
         run: the run folder; one that was begun with the same settings is continued.
@@ -81,28 +83,32 @@ def finetune(
     header, begin, report = _start(store, options, source, split, draw)
     facts = facts_of_run(store, options, split, protocol) | {"pretrained": _before(source)}
     with ExitStack() as stack:
-        if not first_decides(lambda: begin_on_split(stack, run, "finetune", facts, options, split, draw)):
+        trained = first_decides(lambda: begin_on_split(stack, run, "finetune", facts, options, split, draw))
+        cases = measured_cases(store, split, protocol)
+        if not trained:
             if report is not None and rank() == 0:
                 write_json(run / "transfer.json", report.as_dict())
                 console.print(report.sentence(), highlight=False)
-            cases = measured_cases(store, split, protocol)
-            if cases:
-                read_dataset(
-                    store.dataset
-                )  # where their label maps are: a moved one is said before training, not after
+            if cases:  # where their label maps are: a dataset that has moved is said before training, not after
+                read_dataset(store.dataset)
             warnings = _train(store, run, options, split, draw, header, begin)
-            if rank() == 0:  # the first process measures alone
-                transductive = bool((header.provenance["pretraining"] or {}).get("transductive"))
-                if cases:
-                    measure(store, run, cases, joined(options.device), transductive)
+        if rank() == 0 and not is_measured(run, protocol.evaluate):  # the first process measures alone
+            transductive = bool((header.provenance["pretraining"] or {}).get("transductive"))
+            if trained:
+                stack.enter_context(runs.held(run))
+            if cases:
+                measure(store, run, protocol.evaluate, cases, joined(options.device), transductive)
+            evaluated = {protocol.evaluate: list(cases)}
+            if trained:
+                runs.amend(run, evaluated=runs.manifest_of(run)["evaluated"] | evaluated)
+            else:
                 runs.finish(
                     run,
                     started,
                     kind="finetune",
                     store=str(store.path.resolve()),
                     warnings=[TRANSDUCTIVE, *warnings] if transductive else warnings,
-                    evaluated=protocol.evaluate if cases else None,
-                    cases=list(cases),
+                    evaluated=evaluated,
                 )
     return run / "model.safetensors"
 
@@ -200,7 +206,6 @@ def facts_of_run(store: Store, options: FinetuningOptions, split: Split, protoco
         "store": store.digest(),
         "split": split.index,
         "budget": protocol.budget,
-        "evaluate": protocol.evaluate,
         "versions": {
             options.strategy: strategy_named(options.strategy).version,
             options.network.name: NETWORKS[options.network.name].version,

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from glocal import runs
 from glocal.data.dataset import Dataset, read_dataset
 from glocal.data.image import write_like
 from glocal.data.prepare import restore
-from glocal.data.split import ProtocolOptions, Split
+from glocal.data.split import Evaluated, ProtocolOptions, Split
 from glocal.data.store import Store
 from glocal.evaluation.calibration import calibrated
 from glocal.evaluation.evaluate import evaluate
@@ -96,10 +97,25 @@ def measured_cases(store: Store, split: Split, protocol: ProtocolOptions) -> tup
     return tuple(volume.case for volume in store.volumes if volume.case in wanted and volume.labelled)
 
 
+def is_measured(run: Path, subjects: Evaluated) -> bool:
+    """Whether a training is finished and was measured on its test or development subjects, if it has any."""
+    return runs.finished(run) and subjects in runs.manifest_of(run)["evaluated"]
+
+
+def evaluation_file(run: Path, subjects: Evaluated) -> Path:
+    """What a training's test or development subjects have measured; written by `measure`."""
+    return run / f"evaluation-{subjects}.csv"
+
+
 def measure(
-    store: Store, run: Path, cases: tuple[str, ...], device: torch.device, transductive: bool = False
+    store: Store,
+    run: Path,
+    subjects: Evaluated,
+    cases: tuple[str, ...],
+    device: torch.device,
+    transductive: bool = False,
 ) -> "pd.DataFrame":
-    """Predict cases in native geometry and write `evaluation.csv`: one row per checkpoint, case and class.
+    """Predict cases in native geometry and write `evaluation-SUBJECTS.csv`: one row per checkpoint, case and class.
 
     The masks of the last checkpoint stay in `predictions/`, those of the best in `predictions-best/`.
 
@@ -129,7 +145,7 @@ def measure(
     subject = {volume.case: volume.subject for volume in store.volumes}
     table.insert(2, "subject", table["case"].map(subject))
     table["transductive"] = transductive
-    with replacing(run / "evaluation.csv") as temporary:
+    with replacing(evaluation_file(run, subjects)) as temporary:
         table.to_csv(temporary, index=False)
     return table
 
