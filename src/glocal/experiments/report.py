@@ -92,7 +92,10 @@ def _of_finetuning(run: Path) -> Report:
         dice = last.groupby("case")["dice"].mean().mean()
         figures.append((f"mean Dice of {count(cases, f'{subjects} case')}", f"{dice:.3f}"))
     if evaluated:
-        sections = [*measured(last), *best_and_worst(run, last), *sections]
+        found = [*measured(last), *best_and_worst(run, last)]
+        for section in found:
+            section.text = f"Of the {subjects} cases. {section.text}".strip()
+        sections = [*found, *sections]
     else:
         warnings.append(NO_TEST)
     sections += [*examples(run, model.labels), *weights([run / "transfer.json"]), *closing(run)]
