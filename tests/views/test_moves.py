@@ -35,10 +35,10 @@ def inner(size: tuple[int, int]) -> Tensor:
     return inside
 
 
-def test_a_view_is_one_that_training_could_have_drawn() -> None:
+def test_views_go_a_third_as_far_as_training() -> None:
     """Rotation, zoom and shift mean the same as in `draw_spatial`."""
     size = (40, 64)
-    views = moves(SpatialOptions(rotation=7, scale=(1.0, 1.05), shift=0.02), size)
+    views = moves(SpatialOptions(rotation=21, scale=(1.0, 1.05**3), shift=0.06), size)
     assert len(views) == 5
     drawn = [
         draw_spatial(SpatialOptions(rotation=7, scale=(1.0, 1.05), shift=0.02), 200, size, generator(k)).matrix

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from glocal.views.spatial import Spatial, SpatialOptions
 
-# How far views are moved at most: far enough to differ, near enough to lose little by interpolation.
-_DEGREES, _ZOOM, _SHIFT = 10.0, 1.1, 0.04
+_PART = 1 / 3  # of what training moved its slices by at most: far enough to differ, and nothing that it hardly saw
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ def moves(trained: SpatialOptions, size: tuple[int, int]) -> list[Move]:
     """The views of a slice: as it is, turned, zoomed and shifted to both sides, and mirrored if training mirrored.
 
     The moved views hold every pair of (left, right) turn and (larger, smaller) zoom once, so that on average nothing is
-    turned or shifted. None is moved farther than in training. Anatomy has a left and a right: a network that has never
-    seen it mirrored shall not.
+    turned or shifted. Each is moved a third as far as training did at most. Anatomy has a left and a right: a network
+    that has never seen it mirrored shall not.
 
     Args:
         trained: how far training moved its slices.
@@ -47,8 +46,8 @@ def moves(trained: SpatialOptions, size: tuple[int, int]) -> list[Move]:
     Returns:
         The slice as it is, alone if training moved nothing, and the others.
     """
-    degrees, shift = min(_DEGREES, trained.rotation), min(_SHIFT, trained.shift)
-    zooms = {1: max(1.0, min(_ZOOM, trained.scale[1])), -1: min(1.0, max(1 / _ZOOM, trained.scale[0]))}
+    degrees, shift = _PART * trained.rotation, _PART * trained.shift
+    zooms = {1: max(1.0, trained.scale[1]) ** _PART, -1: min(1.0, trained.scale[0]) ** _PART}
     found = [torch.eye(3, dtype=torch.float64)]
     for turn, zoom in product((1, -1), (1, -1)):
         found.append(_matrix(degrees * turn, zooms[zoom], (shift * turn * zoom, shift * turn), size))
