@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -615,17 +615,17 @@ def test_a_step_is_measured_beside_others(
 
 
 def test_kinds_of_one_name_say_what_tells_them_apart(tmp_path: Path) -> None:
-    groups: list[dict[str, Any]] = [
-        {},
-        {"spatial": {"scale": [0.5, 2]}},
-        {"spatial": {"rotation": 1, "scale": [1, 1], "shift": 0.1}, "intensity": {"noise": 0.5}},
-    ]
-    settings = [{"strategy": "mixup", "batch": 3, "augmentation": group} for group in groups]
-    jobs = [fake(s, tmp_path / "finetune" / str(n), quick) for n, s in enumerate(settings)]
-    assert [kind.name for kind in estimate(jobs, Here(), tmp_path / "out")] == [
-        "fine-tuning, mixup",
-        "fine-tuning, mixup (scale=[0.5, 2])",
-        "fine-tuning, mixup (noise=0.5, rotation=1, scale=[1, 1], 1 more)",
+    def named(settings: Sequence[dict[str, Any]]) -> list[str]:
+        jobs = [fake({"strategy": "mixup", **s}, tmp_path / "finetune" / str(n), quick) for n, s in enumerate(settings)]
+        return [kind.name.removeprefix("fine-tuning, ") for kind in estimate(jobs, Here(), tmp_path / "out")]
+
+    spatial = [{"scale": [0.5, 2]}, {"rotation": 1, "scale": [1, 1], "shift": 0.1}]
+    groups: list[dict[str, Any]] = [{"batch": 3, "augmentation": {"noise": 1, "spatial": group}} for group in spatial]
+    assert named([{"batch": 3}, *groups]) == ["mixup", "mixup (scale=[0.5, 2])", "mixup (scale=[1, 1])"]
+    assert named([*groups, groups[0] | {"batch": 4}]) == [
+        "mixup (batch=3)",
+        "mixup (rotation=1, batch=3)",
+        "mixup (batch=4)",
     ]
 
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,6 @@ from glocal.files import read_json, write_json
 
 FEW, MORE = 2, 22  # iterations of the two short trainings whose difference is measured
 SCRATCH = ".measuring-"  # begins the names of folders of short trainings
-SAID = 3  # settings at most that tell a kind from others of its name
 
 
 @dataclass(frozen=True)
@@ -119,15 +118,22 @@ def _names(jobs: Sequence[Job]) -> list[str]:
     names, settings = [_name(job) for job in jobs], [runs.flatten(_paid(job)) for job in jobs]
     told = []
     for name, own in zip(names, settings, strict=True):
-        alike = [other for other, same in zip(settings, names, strict=True) if same == name]
-        differ = [
-            f"{key.rpartition('.')[2]}={own[key]}"
-            for key in sorted(own)
-            if isinstance(own[key], str | int | float | list | tuple) and any(one.get(key) != own[key] for one in alike)
-        ]
-        more = f", {len(differ) - SAID} more" if len(differ) > SAID else ""
-        told.append(f"{name} ({', '.join(differ[:SAID])}{more})" if differ else name)
+        keys = _telling([other for other, same in zip(settings, names, strict=True) if same == name])
+        said = ", ".join(f"{key.rpartition('.')[2]}={own[key]}" for key in keys if key in own)
+        told.append(f"{name} ({said})" if said else name)
     return told
+
+
+def _telling(kinds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys of few settings that tell kinds apart: again and again the one that, with those before, tells most apart."""
+    keys, found = sorted({key for kind in kinds for key in kind}), list[str]()
+
+    def apart(chosen: Sequence[str]) -> int:
+        return len({str([kind.get(key) for key in chosen]) for kind in kinds})
+
+    while apart(found) < apart(keys):
+        found.append(max(keys, key=lambda key: apart([*found, key])))
+    return found
 
 
 def _name(job: Job) -> str:
