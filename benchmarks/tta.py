@@ -36,7 +36,7 @@ def measured(run: Path) -> dict[str, Any] | None:
     from glocal.finetuning.measure import evaluation_file, predict_cases
 
     manifest, settings = runs.manifest_of(run), runs.settings_of(run)
-    cases = manifest["evaluated"].get("development")
+    cases = manifest.get("evaluated", {}).get("development")
     if not cases:
         return None
     before = pd.read_csv(evaluation_file(run, "development")).query("checkpoint == 'last'")
@@ -78,6 +78,10 @@ def main(runs: Sequence[Path]) -> None:
     """Measure, print and keep."""
     pinned()
     found = pd.DataFrame([values for run in runs if (values := measured(run))])
+    if found.empty:
+        sys.exit(
+            "None of these runs was measured on development subjects: fine-tune with protocol.evaluate=development."
+        )
     rows = [row(str(name), group) for name, group in found.groupby("augmentation")]
     content: dict[str, Any] = {
         "machine": machine(),

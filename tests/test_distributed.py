@@ -126,3 +126,13 @@ def test_distributed_torchrun_trains_one_run(store: Store, tmp_path: Path) -> No
     lines = (tmp_path / "two" / "stage-2-local" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [1, 4]
     assert manifest_of(tmp_path / "two")["kind"] == "pretrain"
+
+    command = [*torchrun, "finetune", str(store.path), str(tmp_path / "fine"), "--from", str(tmp_path / "two")]
+    command += ["--labels", "2", "device=cpu", "max_iterations=2", "batch=4", "log=[]", "precision=float32"]
+    for subjects in ("development", "test"):  # the second is only measured; the first process does that alone
+        done = subprocess.run(
+            [*command, f"protocol.evaluate={subjects}"], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(f"Measured on {subjects} subjects") == 1
+    assert manifest_of(tmp_path / "fine")["evaluated"] == {"development": ["case4"], "test": ["case5"]}

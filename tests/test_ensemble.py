@@ -188,7 +188,7 @@ def test_what_varies_is_said(model: Any, finetuned: Path) -> None:
     assert "--tta, --with or --passes" in words
     assert "uncertainty" not in one.variation(False, 0, False).sentence(False)
     words = Models.load(both).variation(True, 0, True).sentence(True)
-    assert "mean of 2 models × 5 slightly moved views of each slice." in words
+    assert "mean of 2 models × 5 moved views of each slice." in words
     assert "contradict" in words
     dropping = Models.load([model("dropping", network=BCDUNetOptions(widths=(4, 8)))])
     assert "mean of 4 passes with random dropout." in dropping.variation(False, 4, True).sentence(True)

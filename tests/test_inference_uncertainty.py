@@ -146,7 +146,7 @@ def test_cases_are_listed_and_measured(everything: Path) -> None:
     record = read_json(everything / "predictions.json")
     assert len(record["models"]) == 2
     assert record["options"] == {"tta": True, "passes": 0}
-    assert "2 models × 5 slightly moved views" in record["summary"]
+    assert "2 models × 5 moved views" in record["summary"]
 
 
 def test_the_page_shows_every_case_the_most_urgent_first(everything: Path) -> None:
@@ -156,7 +156,7 @@ def test_the_page_shows_every_case_the_most_urgent_first(everything: Path) -> No
     assert captions == order
     assert page.count("data:image/png") == 2
     assert len(page) < 3_000_000
-    assert "2 models × 5 slightly moved views" in page
+    assert "2 models × 5 moved views" in page
     assert "Before you use these results" not in page  # nothing to warn of
 
 
@@ -269,5 +269,5 @@ def test_the_command_prints_the_cases(
     words = ["predict", str(finetuned), str(images), str(tmp_path / "out"), "--with", str(second), "--tta"]
     done = CliRunner().invoke(app, [*words, "--uncertainty", "--device", "cpu"])
     assert done.exit_code == 0, done.output
-    for text in ("2 cases", "wall ml", "Uncertainty", "2 models × 5 slightly moved views", "predictions.html"):
+    for text in ("2 cases", "wall ml", "Uncertainty", "2 models × 5 moved views", "predictions.html"):
         assert text in done.output

@@ -1,4 +1,4 @@
-"""Several predictions as one: models, decoders, slightly moved views of a slice and dropout passes, averaged."""
+"""Several predictions as one: models, decoders, moved views of a slice and dropout passes, averaged."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,7 +102,7 @@ class Variation:
         """What a prediction is, and its uncertainty, in words."""
         sizes = {
             "models": (len(self.views),),
-            "slightly moved views of each slice": tuple(map(len, self.views)),
+            "moved views of each slice": tuple(map(len, self.views)),
             "decoders": self.decoders,
             "passes with random dropout": (self.passes,),
         }

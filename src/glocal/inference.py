@@ -101,7 +101,7 @@ def predict(
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         overwrite: replace masks that exist; without it they are kept, so that a stopped prediction continues.
         others: further models, whose probabilities are averaged with those of the first.
-        tta: average over slightly moved views of each slice, too (test-time augmentation).
+        tta: average over moved views of each slice, too (test-time augmentation).
         uncertainty: also write `CASE_uncertainty`, float32 in [0, 1], and `predictions.html`.
         passes: average over so many predictions with random dropout, in place of one without.
 

@@ -201,11 +201,14 @@ def test_development_is_said_of_every_table_and_test_subjects_are_measured_witho
     assert said.count("Measured on development subjects: for choosing") == 2  # of the page, and of the second table
     assert said.count("Means over development subjects") == 1  # with all else about the first
 
-    weights = {path: at for path, at in times(out).items() if path.suffix == ".safetensors"}
+    weights = {path: path.stat().st_mtime_ns for path in out.glob("finetune/*/*.safetensors")}
+    shutil.rmtree(out / "pretrain")  # nobody needs it any more
     capfd.readouterr()
     experiment(recipe, [*words, "name=chosen"], workers=1)
     assert "Every training is done. 2 finished ones only to be measured." in capfd.readouterr().err
-    assert {path: at for path, at in times(out).items() if path.suffix == ".safetensors"} == weights
+    assert not (out / "pretrain").exists()
+    assert {path: path.stat().st_mtime_ns for path in out.glob("finetune/*/*.safetensors")} == weights
+    assert len(list(out.glob("finetune/*/report.html"))) == 2
     for name, case in (("first", "case4"), ("chosen", "case5")):
         assert set(pd.read_csv(out / name / "results.csv")["case"]) == {case}
     assert "Means over test subjects" in (out / "chosen" / "index.html").read_text(encoding="utf-8")

@@ -261,8 +261,8 @@ def test_only_split_0_is_tuned_on(raw: Path, store: Store, tmp_path: Path) -> No
 
 
 def test_a_tuned_experiment(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ways of preprocessing that are tried have stores of their own; of test subjects only the chosen trials, which are
-    not trained again, see anything."""
+    """Ways of preprocessing that are tried have stores of their own. Trials are measured on development subjects, and
+    then the chosen ones alone, without training again, on test subjects."""
     monkeypatch.setattr(planning, "report", lambda run: write_text(run / "report.html", "a report"))
     monkeypatch.setattr(measuring, "FEW", 1)
     monkeypatch.setattr(measuring, "MORE", 2)

@@ -22,26 +22,31 @@ def finetune(
     ] = None,
 ) -> None:
     """Fine-tune on a few labelled volumes; test cases, where there are any, are predicted and measured."""
+    from glocal.distributed import rank
     from glocal.experiments.steps import finetune_with
     from glocal.runs import manifest_of
 
     model = finetune_with(store, run, labels, pretrained, words or [], strategy)
+    if rank() > 0:  # the first process speaks for all, and may still be measuring
+        return
     if (run / "transfer.json").exists():
         from glocal.files import read_json
         from glocal.model import Transfer
 
         typer.echo(Transfer(**read_json(run / "transfer.json")).sentence())
-    evaluated = [subjects for subjects, cases in manifest_of(run)["evaluated"].items() if cases]
-    for subjects in evaluated:
-        import pandas as pd
-        from rich.console import Console
+    for subjects, cases in manifest_of(run)["evaluated"].items():
+        if cases:
+            import pandas as pd
+            from rich.console import Console
 
-        from glocal.cli.evaluate import class_table
-        from glocal.finetuning.measure import evaluation_file
+            from glocal.cli.evaluate import class_table
+            from glocal.finetuning.measure import evaluation_file
 
-        frame = pd.read_csv(evaluation_file(run, subjects))
-        typer.echo(f"Measured on {subjects} subjects:")
-        Console().print(class_table(frame[frame["checkpoint"] == "last"]))
-    if not evaluated:
-        typer.echo("No labelled volume was kept for testing: the model has no Dice of unseen cases.")
+            frame = pd.read_csv(evaluation_file(run, subjects))
+            typer.echo(f"Measured on {subjects} subjects:")
+            Console().print(class_table(frame[frame["checkpoint"] == "last"]))
+        elif subjects == "test":
+            typer.echo("No labelled volume was kept for testing: the model has no Dice of unseen cases.")
+        else:
+            typer.echo("No labelled volume was kept for development: there is nothing to choose by.")
     typer.echo(f"Model: {model}. Next: glocal predict {run} IMAGES OUT, or glocal report {run}")

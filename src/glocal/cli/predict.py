@@ -26,8 +26,8 @@ def predict(
         bool,
         typer.Option(
             "--tta",
-            help="Look at every slice five times, slightly turned, zoomed and shifted (mirrored only if the training "
-            "did that), and average: often a little better, five times as long.",
+            help="Look at every slice five times, turned, zoomed and shifted a third as far as in training (mirrored "
+            "only if that did), and average: often a little better, five times as long.",
         ),
     ] = False,
     uncertainty: Annotated[

@@ -291,10 +291,14 @@ def begin_on_split(
     runs.begin(run, kind, facts | options.model_dump(mode="json"), type(options))
     if (run / "split.json").exists() and read_split(run) != split:
         raise GlocalError(f"{run} was begun with another split of the cases: choose another run folder.")
-    if not runs.finished(run):
-        stack.enter_context(runs.held(run))
-        write_split(run, split, draw)
-    return runs.finished(run)  # maybe by another process, meanwhile
+    if runs.finished(run):
+        return True
+    stack.enter_context(runs.held(run))
+    if runs.finished(run):  # by another process, meanwhile
+        stack.close()
+        return True
+    write_split(run, split, draw)
+    return False
 
 
 def write_split(folder: Path, split: Split, draw: Draw | None = None) -> None:

@@ -124,7 +124,7 @@ def _refuse_names(name: str, tables: Mapping[str, TableOptions]) -> None:
 
 
 def _refuse_mixed_protocols(found: Sequence[Variant]) -> None:
-    """Differences are paired by subject, and a table has one word for its subjects and one for its budgets."""
+    """Refuse what a table could not say: it has one word for its subjects and one for what its budgets count."""
     for key in ("evaluate", "budget"):
         chosen = list(dict.fromkeys(getattr(variant.recipe.protocol, key) for variant in found))
         if len(chosen) > 1:

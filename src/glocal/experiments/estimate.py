@@ -38,7 +38,7 @@ class Kind:
 
     @property
     def seconds(self) -> float:
-        """All that is left to do, one after the other."""
+        """All that is left to train, one after the other."""
         return sum(self.fixed + self.step * job.left for job in self.open_jobs)
 
 

@@ -107,7 +107,7 @@ def caption(design: Experiment, summary: pd.DataFrame) -> str:
 
 def cautions(design: Experiment) -> str:
     """What a reader of any table must know, if there is something."""
-    chosen_on = any(variant.recipe.protocol.evaluate == "development" for variant in design.variants)
+    chosen_on = design.variants[0].recipe.protocol.evaluate == "development"
     development = "Measured on development subjects: for choosing, not for reporting." if chosen_on else ""
     return f"{TRANSDUCTIVE if design.transductive else ''} {development}".strip()
 

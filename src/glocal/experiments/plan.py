@@ -111,11 +111,12 @@ def _identity(options: TrainingOptions, facts: dict[str, Any], split: Split) -> 
 def jobs_of(trainings: Sequence[Training]) -> list[Job]:
     """Every job once, pre-trainings before the fine-tunings that need them; the first of the list are done first.
 
-    A pre-training that was removed for its space is not done again while all its fine-tunings are there.
+    A pre-training that was removed for its space is not done again while all its fine-tunings are there, though they be
+    measured on other subjects.
     """
     jobs: dict[Path, Job] = {}
     for training in trainings:
-        for job in (training.before, training.job):
-            if job is not None and (job.done() or not training.job.done()):
-                jobs.setdefault(job.folder, job)
+        if training.before is not None and (training.before.done() or training.job.left):
+            jobs.setdefault(training.before.folder, training.before)
+        jobs.setdefault(training.job.folder, training.job)
     return list(jobs.values())

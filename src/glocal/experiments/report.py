@@ -85,19 +85,18 @@ def _of_finetuning(run: Path) -> Report:
     curves = [curve(run, "loss")] + ([curve(run, "validation_dice")] if provenance["validation"] else [])
     sections = [Section("Learning curves", pictures=curves)]
     warnings = _warnings(manifest)
-    evaluated = {subjects: cases for subjects, cases in manifest["evaluated"].items() if cases}
-    last = pd.DataFrame()
-    for subjects, cases in sorted(evaluated.items()):  # test subjects come last, and are those shown
-        last = pd.read_csv(evaluation_file(run, subjects)).query("checkpoint == 'last'")
-        dice = last.groupby("case")["dice"].mean().mean()
-        figures.append((f"mean Dice of {count(cases, f'{subjects} case')}", f"{dice:.3f}"))
-    if evaluated:
-        found = [*measured(last), *best_and_worst(run, last)]
-        for section in found:
-            section.text = f"Of the {subjects} cases. {section.text}".strip()
-        sections = [*found, *sections]
-    else:
+    found: list[Section] = []
+    for subjects, cases in sorted(manifest["evaluated"].items(), reverse=True):  # test subjects first
+        if cases:
+            last = pd.read_csv(evaluation_file(run, subjects)).query("checkpoint == 'last'")
+            dice = last.groupby("case")["dice"].mean().mean()
+            figures.append((f"mean Dice of {count(cases, f'{subjects} case')}", f"{dice:.3f}"))
+            for section in (*measured(last), *best_and_worst(run, last)):
+                section.title = f"{section.title}: {subjects} cases"
+                found.append(section)
+    if not found:
         warnings.append(NO_TEST)
+    sections = [*found, *sections]
     sections += [*examples(run, model.labels), *weights([run / "transfer.json"]), *closing(run)]
     return Report(f"Fine-tuning: {settings['strategy']}", lead, figures, warnings, sections, _footer(manifest))
 

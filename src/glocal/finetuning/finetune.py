@@ -76,16 +76,19 @@ def finetune(
     started = time.time()
     options, protocol = finetuning_options(settings), protocol or ProtocolOptions()
     store = store if isinstance(store, Store) else Store.open(store)
-    source = None if pretrained is None else find_model(pretrained)
-    split = split or _split_of(source, store, protocol, options.seed)
+    # A finished run, which is only measured now, can do without the weights that it began with.
+    gone = pretrained is not None and not pretrained.exists() and runs.finished(run)
+    source = None if pretrained is None or gone else find_model(pretrained)
+    split = split or (read_split(run) if gone else _split_of(source, store, protocol, options.seed))
     draw = draw_of(store.volumes, split, options, protocol)
     joined(options.device)
     header, begin, report = _start(store, options, source, split, draw)
-    facts = facts_of_run(store, options, split, protocol) | {"pretrained": _before(source)}
+    before = runs.settings_of(run)["pretrained"] if gone else _before(source)
+    facts = facts_of_run(store, options, split, protocol) | {"pretrained": before}
     with ExitStack() as stack:
-        trained = first_decides(lambda: begin_on_split(stack, run, "finetune", facts, options, split, draw))
+        finished = first_decides(lambda: begin_on_split(stack, run, "finetune", facts, options, split, draw))
         cases = measured_cases(store, split, protocol)
-        if not trained:
+        if not finished:
             if report is not None and rank() == 0:
                 write_json(run / "transfer.json", report.as_dict())
                 console.print(report.sentence(), highlight=False)
@@ -93,15 +96,16 @@ def finetune(
                 read_dataset(store.dataset)
             warnings = _train(store, run, options, split, draw, header, begin)
         if rank() == 0 and not is_measured(run, protocol.evaluate):  # the first process measures alone
-            transductive = bool((header.provenance["pretraining"] or {}).get("transductive"))
-            if trained:
+            if finished:
                 stack.enter_context(runs.held(run))
+                (run / "report.html").unlink(missing_ok=True)  # it will not say all
             if cases:
-                measure(store, run, protocol.evaluate, cases, joined(options.device), transductive)
+                measure(store, run, protocol.evaluate, cases, joined(options.device))
             evaluated = {protocol.evaluate: list(cases)}
-            if trained:
+            if finished:
                 runs.amend(run, evaluated=runs.manifest_of(run)["evaluated"] | evaluated)
             else:
+                transductive = (header.provenance["pretraining"] or {}).get("transductive")
                 runs.finish(
                     run,
                     started,

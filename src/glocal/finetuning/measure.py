@@ -108,12 +108,7 @@ def evaluation_file(run: Path, subjects: Evaluated) -> Path:
 
 
 def measure(
-    store: Store,
-    run: Path,
-    subjects: Evaluated,
-    cases: tuple[str, ...],
-    device: torch.device,
-    transductive: bool = False,
+    store: Store, run: Path, subjects: Evaluated, cases: tuple[str, ...], device: torch.device
 ) -> "pd.DataFrame":
     """Predict cases in native geometry and write `evaluation-SUBJECTS.csv`: one row per checkpoint, case and class.
 
@@ -130,8 +125,8 @@ def measure(
         model = run / ("model.safetensors" if name == "last" else "best.safetensors")
         if not model.exists():
             continue
-        network = load_network(model)[0].to(device)
-        predict_cases(network, store, dataset, cases, run / folder, device)
+        network, header = load_network(model)
+        predict_cases(network.to(device), store, dataset, cases, run / folder, device)
         frame = evaluate(
             run / folder,
             dataset.root,
@@ -140,11 +135,11 @@ def measure(
             cases=cases,
         )
         frame.insert(0, "checkpoint", name)
+        frame["transductive"] = bool((header.provenance["pretraining"] or {}).get("transductive"))
         frames.append(frame)
     table = pd.concat(frames, ignore_index=True)
     subject = {volume.case: volume.subject for volume in store.volumes}
     table.insert(2, "subject", table["case"].map(subject))
-    table["transductive"] = transductive
     with replacing(evaluation_file(run, subjects)) as temporary:
         table.to_csv(temporary, index=False)
     return table
