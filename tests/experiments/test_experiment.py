@@ -242,6 +242,8 @@ def test_another_experiment_trains_only_what_is_new(
     words = ["name=second", "experiment.vary.labels=[2,all]", "experiment.vary.contender=[random]"]
     page = experiment(recipe, [f"data={raw}", f"out={out}", *words], workers=1)
     assert page == out / "second" / "index.html"
+    pages = [(out / name / "index.html").read_text(encoding="utf-8") for name in ("first", "second")]
+    assert ["Differences are paired with random" in text for text in pages] == [True, False]  # here nothing differs
     after = times(out)
     assert {path: after[path] for path in before} == before
     new = {path.parent for path in after.keys() - before.keys() if path.name == "manifest.json"}

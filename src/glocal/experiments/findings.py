@@ -98,10 +98,14 @@ def caption(design: Experiment, summary: pd.DataFrame) -> str:
     )
     trainings = int(summary["trainings"].max())
     counts = f"{trainings} training{'s' * (trainings != 1)} a cell: {_counts(summary)}"
+    paired = (
+        f"Differences are paired with {design.baseline_name}: same split, draw and subject. "
+        if summary["difference"].notna().any()
+        else ""
+    )
     return (
-        f"Means over {judged}, measured in volumes of native resolution; {counts}; {pretrained}. Differences are "
-        f"paired with {design.baseline_name}: same split, draw and subject. Budgets count labelled {protocol.budget}. "
-        f"{unit_sentence(design.options.statistics, summary)}"
+        f"Means over {judged}, measured in volumes of native resolution; {counts}; {pretrained}. {paired}"
+        f"Budgets count labelled {protocol.budget}. {unit_sentence(design.options.statistics, summary)}"
     )
 
 
