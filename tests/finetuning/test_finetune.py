@@ -212,7 +212,13 @@ def test_development_subjects_are_measured_when_asked_and_test_subjects_later(
 
     with held(run), pytest.raises(Busy):
         finetune(store, run, settings)
+    moved = Store.open(store.path)
+    moved.dataset = tmp_path / "gone"
+    with pytest.raises(GlocalError, match="gone"):
+        finetune(moved, run, settings)
+    assert (run / "report.html").exists()  # nothing is lost
     finetune(store, run, settings)
+    assert not (run / "report.html").exists()  # it would not say all
     assert {path: path.stat().st_mtime_ns for path in trained} == trained
     assert manifest_of(run) == {**first, "evaluated": {"development": ["case4"], "test": ["case5"]}}
     assert (run / "evaluation-development.csv").read_bytes() == development

@@ -98,11 +98,11 @@ def finetune(
         if rank() == 0 and not is_measured(run, protocol.evaluate):  # the first process measures alone
             if finished:
                 stack.enter_context(runs.held(run))
-                (run / "report.html").unlink(missing_ok=True)  # it will not say all
             if cases:
                 measure(store, run, protocol.evaluate, cases, joined(options.device))
             evaluated = {protocol.evaluate: list(cases)}
             if finished:
+                (run / "report.html").unlink(missing_ok=True)  # it would not say all
                 runs.amend(run, evaluated=runs.manifest_of(run)["evaluated"] | evaluated)
             else:
                 transductive = (header.provenance["pretraining"] or {}).get("transductive")
