@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
-from glocal.views.intensity import Intensity, IntensityOptions, draw_intensity, gaussian_blur, signed_power
+from glocal.views.intensity import (
+    Intensity,
+    IntensityOptions,
+    draw_intensity,
+    gaussian_blur,
+    signed_power,
+    smooth_field,
+)
 
 
 def images(batch: int = 50, channels: int = 2) -> Tensor:
@@ -116,6 +123,34 @@ def test_blur_is_drawn_up_to_the_option_and_not_cut_short() -> None:
     torch.testing.assert_close(spread[wide], soft.blur[wide], rtol=0.03, atol=0)
 
 
+def test_bias_field_multiplies_with_a_smooth_field_within_the_option() -> None:
+    x = 0.5 + images(400)
+    coil = draw(400, bias_field=0.8)
+    assert coil.bias_field is not None
+    field = (coil.image(x) / x).log()
+    torch.testing.assert_close(field[:, 0], field[:, 1])  # one for all channels
+    largest = field.flatten(1).abs().amax(1)
+    assert largest.max() <= 0.8
+    assert largest.max() > 0.7
+    assert (largest < 0.1).float().mean() > 0.05  # any strength up to it
+    for number in (0, 7):
+        a, b, c, d, e = coil.bias_field[number].tolist()
+        for row, column in ((0, 0), (3, 11), (11, 16)):
+            v, u = 2 * row / 11 - 1, 2 * column / 16 - 1
+            expected = a * u + b * v + c * u * u + d * u * v + e * v * v
+            assert field[number, 0, row, column].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_bias_field_of_zeros_is_one() -> None:
+    assert torch.equal(smooth_field(torch.zeros(2, 5), 4, 6), torch.ones(2, 1, 4, 6))
+
+
+def test_bias_field_lets_some_images_be() -> None:
+    half = draw(400, bias_field=0.8, probability=0.5).bias_field
+    assert half is not None
+    assert 0.4 < (half == 0).all(1).float().mean() < 0.6
+
+
 def test_each_change_is_chosen_on_its_own() -> None:
     half = draw(400, brightness=0.3, contrast=0.5, gamma=(0.5, 2.0), noise=0.1, blur=1.0, probability=0.5)
     assert half.gamma is not None
@@ -130,9 +165,10 @@ def test_clip_is_last() -> None:
     assert viewed.max() == 1.5
 
 
-@pytest.mark.parametrize("name", ["brightness", "contrast", "gamma", "noise", "blur"])
+@pytest.mark.parametrize("name", ["brightness", "contrast", "gamma", "noise", "blur", "bias_field"])
 def test_an_option_leaves_the_draws_of_the_others(name: str) -> None:
     options: dict[str, object] = {"brightness": 0.3, "contrast": 0.5, "gamma": (0.5, 2.0), "noise": 0.1, "blur": 1.0}
+    options["bias_field"] = 0.5
     everything = draw(**options)
     del options[name]
     fewer = draw(**options)

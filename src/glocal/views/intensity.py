@@ -27,13 +27,18 @@ class IntensityOptions(BaseModel):
     gamma: PositiveRange = Field((1.0, 1.0), description="Exponent of the values, each doubling equally likely.")
     noise: float = Field(0.0, ge=0, description="Largest standard deviation of the Gaussian noise.")
     blur: float = Field(0.0, ge=0, description="Largest standard deviation of the Gaussian blur, in pixels.")
+    bias_field: float = Field(
+        0.0, ge=0, description="Largest logarithm of the smooth field that values are multiplied with, as by a coil."
+    )
     clip: Range | None = Field(None, description="Range that all values of all images are cut to at the end.")
-    probability: Probability = Field(1.0, description="Probability of each of the five changes, for each image.")
+    probability: Probability = Field(1.0, description="Probability of each of the six changes, for each image.")
 
 
 @dataclass(frozen=True)
 class Intensity:
-    """One draw for B images. Each change has one number per image, (B,), or is None where its option is off.
+    """One draw for B images. Each change has one number per image, (B,), or is None where its option is off; the bias
+    field has five, (B, 5): the coefficients of its logarithm, a polynomial in x and y from -1 to 1 over the image:
+    x, y, x^2, x y, y^2.
 
     `rows` (B,) are the images' places among the `total` drawn together: a share of a draw gets its share of the noise.
     """
@@ -43,6 +48,7 @@ class Intensity:
     seed: int
     radius: int = 0
     blur: Tensor | None = None
+    bias_field: Tensor | None = None
     gamma: Tensor | None = None
     contrast: Tensor | None = None
     brightness: Tensor | None = None
@@ -67,14 +73,16 @@ class Intensity:
     def image(self, x: Tensor) -> Tensor:
         """The changed images (B, C, H, W), same shape and dtype (x itself if nothing is drawn).
 
-        In this order: blur; gamma as sign(x) |x|^gamma, so that values below 0 keep their sign; contrast about each
-        channel's mean, and brightness (GLCL, Chaitanya et al. 2020); noise; clip. The same draw gives the same noise on
-        the same kind of device.
+        In this order: blur; bias field; gamma as sign(x) |x|^gamma, so that values below 0 keep their sign; contrast
+        about each channel's mean, and brightness (GLCL, Chaitanya et al. 2020); noise; clip. The same draw gives the
+        same noise on the same kind of device.
         """
         draw = self.to(x.device)
         out = x if x.dtype == torch.float64 else x.float()
         if draw.blur is not None:
             out = gaussian_blur(out, draw.blur, self.radius)
+        if draw.bias_field is not None:
+            out = out * smooth_field(draw.bias_field, *x.shape[2:]).to(out.dtype)
         if draw.gamma is not None:
             out = signed_power(out, _column(draw.gamma, out))
         if draw.contrast is not None or draw.brightness is not None:
@@ -110,6 +118,14 @@ def signed_power(x: Tensor, exponent: Tensor) -> Tensor:
     return x.sign().mul_(x.abs().clamp_min_(1e-18).log_().mul_(exponent).exp_())
 
 
+def smooth_field(coefficients: Tensor, height: int, width: int) -> Tensor:
+    """Fields (B, 1, height, width): exponentials of polynomials with `coefficients` (B, 5), see `Intensity`."""
+    y = torch.linspace(-1, 1, height, device=coefficients.device)[:, None].expand(height, width)
+    x = torch.linspace(-1, 1, width, device=coefficients.device).expand(height, width)
+    basis = torch.stack([x, y, x * x, x * y, y * y]).flatten(1)
+    return (coefficients @ basis).exp().view(-1, 1, height, width)
+
+
 def gaussian_blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Blur images (B, C, H, W) with standard deviations `sigma` (B,), cut at `radius`, in pixels; edges repeated."""
     steps = torch.arange(-radius, radius + 1, device=x.device)
@@ -142,9 +158,22 @@ def draw_intensity(options: IntensityOptions, batch: int, generator: torch.Gener
         seed=seed,
         radius=math.ceil(3 * options.blur),
         blur=numbers(0, options.blur > 0, options.blur * chances[0], 0.0),
+        bias_field=_coefficients(options, batch, seed) if options.bias_field > 0 else None,
         gamma=numbers(1, options.gamma != (1, 1), log_uniform(chances[1], options.gamma), 1.0),
         contrast=numbers(2, options.contrast > 0, 1 + options.contrast * (2 * chances[2] - 1), 1.0),
         brightness=numbers(3, options.brightness > 0, options.brightness * (2 * chances[3] - 1), 0.0),
         noise=numbers(4, options.noise > 0, options.noise * chances[4], 0.0),
         clip=options.clip,
     )
+
+
+def _coefficients(options: IntensityOptions, batch: int, seed: int) -> Tensor:
+    """Coefficients (B, 5) of bias fields whose logarithm stays within the option.
+
+    They come from a generator of their own: those who want no field draw everything else as they would without it.
+    """
+    chances = torch.rand(7, batch, generator=torch.Generator().manual_seed(seed ^ 1))
+    shares = 2 * chances[2:] - 1
+    shares /= shares.abs().sum(0).clamp_min(1e-6)  # no term is larger than its share, so the sum is not above 1
+    strength = options.bias_field * chances[1] * (chances[0] < options.probability)
+    return (strength * shares).T.contiguous()
