@@ -121,6 +121,25 @@ def test_they_are_made_in_full_precision(make: Any, store: Store) -> None:
     assert classes.equal(torch.from_numpy(learner.pseudo.read(1).astype(int)))
 
 
+def test_they_may_be_the_mean_of_moved_views(make: Any, store: Store) -> None:
+    learner = make(tta=True, augmentation=ViewOptions(spatial=SpatialOptions(flip=(0.5, 0.5))))
+    network = folded(learner.network)
+    views = [(), (2,), (3,), (2, 3)]
+    with torch.no_grad():
+        images = torch.cat([store.volume(case) for case in UNLABELLED])
+        mean = torch.stack([network(images.flip(axes)).softmax(1).flip(axes) for axes in views]).mean(0)
+    top = mean.topk(2, dim=1).values
+    clear = top[:, 0] - top[:, 1] > 1e-4  # not decided by rounding
+    height, width = clear.shape[1:]
+    inner = torch.zeros_like(clear)  # towards the border a moved view counts less
+    inner[:, height // 8 : -height // 8, width // 8 : -width // 8] = True
+    learner(2)
+    labels = torch.from_numpy(learner.pseudo.read(1).astype(int))
+    assert labels[clear & inner].equal(mean.argmax(1)[clear & inner])
+    assert clear[inner].float().mean() > 0.9
+    assert not labels.equal(predicted(learner, store)[1])
+
+
 def test_uncertain_pixels_are_ignored(make: Any, store: Store) -> None:
     learner = make()
     probability, classes = predicted(learner, store)

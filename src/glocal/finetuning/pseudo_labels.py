@@ -15,7 +15,7 @@ from glocal.data.prepare import restore
 from glocal.data.sampling import Pool, Slices
 from glocal.errors import GlocalError
 from glocal.files import replacing
-from glocal.inference import folded, slice_probabilities
+from glocal.inference import slice_probabilities
 
 IGNORED = 255  # what nothing is to be learnt from
 _BINS = 4096  # of the probabilities that a class's threshold is found in; a power of 2, so that their edges are exact
@@ -41,11 +41,11 @@ class PseudoLabels:
 
         Args:
             number: of the round.
-            network: gives logits; its copy predicts, in evaluation mode.
+            network: gives logits; in evaluation mode, see `folded`.
             confidence: pixels whose largest probability is smaller become `IGNORED`.
             kept: at least this share of the pixels of each class does not, its most confident ones.
         """
-        network, header = folded(network), {"descr": "|u1", "fortran_order": False, "shape": self._shape}
+        header = {"descr": "|u1", "fortran_order": False, "shape": self._shape}
         with torch.autocast(self.pool.store.device.type, enabled=False):
             thresholds = torch.full((self.classes,), confidence)
             if confidence and kept:

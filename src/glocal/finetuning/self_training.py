@@ -13,10 +13,13 @@ from torch import Tensor
 
 from glocal.data.sampling import Pool
 from glocal.distributed import first_decides, share, whole
+from glocal.ensemble import Ensemble
 from glocal.finetuning.base import SemiSupervisedOptions, Strategy, StrategyEntry, ramp_up
 from glocal.finetuning.pseudo_labels import IGNORED, PseudoLabels
+from glocal.inference import folded
 from glocal.networks.base import SegmentationNetwork
 from glocal.randomness import generator
+from glocal.views.moves import moves
 
 
 class Options(SemiSupervisedOptions):
@@ -37,6 +40,9 @@ class Options(SemiSupervisedOptions):
         le=1,
         description="yet this share of the pixels of each class is kept, the most confident ones, so that "
         "`confidence` does not starve rare classes",
+    )
+    tta: bool = Field(
+        False, description="a pseudo-label is the mean of moved views of its slice, as in `glocal predict --tta`"
     )
     ramp_up: float = Field(0.0, ge=0, le=1, description="share of each round over which the weight rises to `weight`")
     masks: bool = Field(True, description="at the end, write the last pseudo-labels as masks, to look at in a viewer")
@@ -61,11 +67,10 @@ class SelfTraining(Strategy):
 
     def losses(self, step: int) -> dict[str, Tensor]:
         """L_labelled, and in the rounds L_labelled + weight L_pseudo-labelled, from one forward pass of both."""
-        o: Options = self.options
         number = self.round_of(step)
         if number and step == self.rounds[number]:
             # Always anew: a file that is there was left by an attempt that the weights may not be of.
-            first_decides(lambda: self.pseudo.write(number, self.network, o.confidence, o.class_balanced))
+            first_decides(lambda: self._label(number))
             if self.initial is not None:
                 self.network.load_state_dict(self.initial)
         images, labels, batch = self.labelled_batch(step)
@@ -79,6 +84,14 @@ class SelfTraining(Strategy):
         learnt = self.loss(whole(logits[len(images) :], count), target.where(known, 0), known.float())
         loss = supervised + self.consistency_weight(step) * learnt
         return {"loss": loss, "supervised": supervised, "pseudo-labelled": learnt}
+
+    def _label(self, number: int) -> None:
+        """Label all unlabelled slices for round `number`."""
+        o: Options = self.options
+        network = folded(self.network)
+        if o.tta:
+            network = Ensemble([network], [moves(o.augmentation.spatial, self.unlabelled.store.plan.options.size)])
+        self.pseudo.write(number, network, o.confidence, o.class_balanced)
 
     def pseudo_labelled_batch(self, step: int) -> tuple[Tensor, Tensor, int]:
         """This process's share of a batch of pseudo-labelled slices, drawn and moved as the labelled ones are.
