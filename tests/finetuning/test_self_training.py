@@ -11,6 +11,7 @@ from torch import Tensor
 from glocal.data.image import read_image, read_labels
 from glocal.data.store import Store
 from glocal.errors import GlocalError
+from glocal.experiments import estimate
 from glocal.finetuning.finetune import finetune
 from glocal.finetuning.pseudo_labels import IGNORED, least_kept
 from glocal.finetuning.registry import finetuning_options
@@ -92,6 +93,13 @@ def predicted(learner: Any, store: Store) -> tuple[Tensor, Tensor]:
 )
 def test_rounds_share_what_the_labels_alone_leave(options: dict[str, Any], begins: tuple[int, ...]) -> None:
     assert begins_of(finetuning_options({"strategy": "self-training", **options})) == begins
+
+
+def test_an_estimate_of_time_does_not_count_labelling_in_every_iteration() -> None:
+    """It compares two short trainings: in both there are as many rounds as in a long one."""
+    lengths = (estimate.FEW, estimate.MORE, 1000)
+    rounds = [begins_of(finetuning_options({"strategy": "self-training", "max_iterations": n})) for n in lengths]
+    assert [len(begins) for begins in rounds] == [4, 4, 4]
 
 
 def test_pseudo_labels_are_what_the_network_predicts_when_a_round_begins(make: Any, store: Store) -> None:

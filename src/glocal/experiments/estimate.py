@@ -17,7 +17,9 @@ from glocal.experiments.executors import Executors, Work
 from glocal.experiments.jobs import Failure, Job, do
 from glocal.files import read_json, write_json
 
-FEW, MORE = 2, 22  # iterations of the two short trainings whose difference is measured
+# Iterations of the two short trainings whose difference is measured: in both self-training has all its three rounds, so
+# that labelling all volumes is no part of an iteration.
+FEW, MORE = 6, 26
 SCRATCH = ".measuring-"  # begins the names of folders of short trainings
 
 
