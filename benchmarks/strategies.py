@@ -95,7 +95,7 @@ def row(name: str, make: Callable[[], Strategy], steps: range, reference: Callab
 def labelling(learner: SelfTraining) -> Row:
     """Labelling all unlabelled slices, as at the beginning of each round."""
     o, count = learner.options, len(learner.unlabelled)
-    work = partial(learner.pseudo.write, 1, learner.network, o.confidence, o.class_balanced)
+    work = partial(learner.label, 1)
     low, middle = take_turns({"labelling": work}, seconds=12)["labelling"]
     times = (low * 1e3, middle * 1e3)
     note = f"float32; {times[0] / count:.3g} ms a slice, once in each of {o.rounds} rounds"

@@ -70,7 +70,7 @@ class SelfTraining(Strategy):
         number = self.round_of(step)
         if number and step == self.rounds[number]:
             # Always anew: a file that is there was left by an attempt that the weights may not be of.
-            first_decides(lambda: self._label(number))
+            first_decides(lambda: self.label(number))
             if self.initial is not None:
                 self.network.load_state_dict(self.initial)
         images, labels, batch = self.labelled_batch(step)
@@ -85,7 +85,7 @@ class SelfTraining(Strategy):
         loss = supervised + self.consistency_weight(step) * learnt
         return {"loss": loss, "supervised": supervised, "pseudo-labelled": learnt}
 
-    def _label(self, number: int) -> None:
+    def label(self, number: int) -> None:
         """Label all unlabelled slices for round `number`."""
         o: Options = self.options
         network = folded(self.network)
