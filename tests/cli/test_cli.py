@@ -62,6 +62,10 @@ def test_every_command_explains_itself(shell: Shell, command: str) -> None:
     assert f"glocal {command}" in out
 
 
+def test_version(shell: Shell) -> None:
+    assert shell("--version")[:2] == (0, f"glocal {glocal.__version__}\n")
+
+
 def test_help_of_run_names_its_arguments(shell: Shell) -> None:
     out = shell("run", "--help")[1]
     assert all(word in out for word in ("recipe", " [KEY=VALUE]... ", "--workers", "data=DATASET out=RUN"))

@@ -3,10 +3,11 @@
 import os
 import sys
 import threading
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from glocal import __version__
 from glocal.cli.check import check
 from glocal.cli.collect import collect
 from glocal.cli.demo import demo
@@ -24,7 +25,6 @@ from glocal.cli.run import run
 
 app = typer.Typer(
     name="glocal",
-    help="Segment medical volumes from a handful of labels.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -49,6 +49,21 @@ for command, panel in (
     (experiment, RESEARCH),
 ):
     app.command(rich_help_panel=panel)(command)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"glocal {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_any_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Segment medical volumes from a handful of labels."""
 
 
 def main() -> None:
