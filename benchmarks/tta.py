@@ -31,9 +31,10 @@ def measured(run: Path) -> dict[str, Any] | None:
     from glocal import runs
     from glocal.data.dataset import read_dataset
     from glocal.data.store import Store
-    from glocal.ensemble import Ensemble, Models
+    from glocal.ensemble import Models
     from glocal.evaluation.evaluate import evaluate
     from glocal.finetuning.measure import evaluation_file, predict_cases
+    from glocal.inference import predictor
 
     manifest, settings = runs.manifest_of(run), runs.settings_of(run)
     cases = manifest.get("evaluated", {}).get("development")
@@ -42,7 +43,7 @@ def measured(run: Path) -> dict[str, Any] | None:
     before = pd.read_csv(evaluation_file(run, "development")).query("checkpoint == 'last'")
     store = Store.open(Path(manifest["store"]))
     dataset, models = read_dataset(store.dataset), Models.load([run / "model.safetensors"])
-    network = Ensemble(models.networks, models.variation(tta=True, passes=0, every_decoder=False).views)
+    network = predictor(models, models.variation(tta=True, passes=0, every_decoder=False), torch.device("cpu"))
     with TemporaryDirectory() as folder:
         predict_cases(network, store, dataset, tuple(cases), Path(folder), torch.device("cpu"))
         options = {"class_names": store.labels, "spacing_known": store.plan.options.spacing_known, "cases": cases}

@@ -17,7 +17,7 @@ from glocal.data.inputs import Input, list_inputs
 from glocal.data.plan import Plan
 from glocal.data.prepare import prepare, restore
 from glocal.devices import device_named
-from glocal.ensemble import Ensemble, Models, softened
+from glocal.ensemble import Ensemble, Models, Variation, softened
 from glocal.errors import GlocalError
 from glocal.files import digest, read_json, replacing, write_json
 from glocal.model import find_model
@@ -44,6 +44,12 @@ def folded(network: nn.Module) -> nn.Module:
                     module[k], module[k + 1] = fuse_conv_bn_eval(layer, norm), nn.Identity()
     copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from its stubs
     return copy
+
+
+def predictor(models: Models, vary: Variation, device: torch.device) -> nn.Module:
+    """One network on `device`, for prediction, that is the mean of all that is averaged over."""
+    networks = [folded(network.to(device)) for network in models.networks]
+    return Ensemble(networks, vary.views, vary.passes).to(device) if vary.several else networks[0]
 
 
 @torch.inference_mode()
@@ -117,8 +123,7 @@ def predict(
         raise GlocalError(f"{out} holds the images themselves: choose another folder for the masks.")
     where = device_named(device)
     vary = models.variation(tta, passes, every_decoder=uncertainty)
-    networks = [folded(network.to(where)) for network in models.networks]
-    network = Ensemble(networks, vary.views, passes).to(where) if vary.several else networks[0]
+    network = predictor(models, vary, where)
     plan, maps = models.headers[0].plan, Maps(probabilities, uncertainty, models.temperature)
     inputs = list_inputs(images, plan.channels)
     record = _record(out, models, vary.options, inputs, overwrite)

@@ -213,6 +213,13 @@ def test_development_is_said_of_every_table_and_test_subjects_are_measured_witho
         assert set(pd.read_csv(out / name / "results.csv")["case"]) == {case}
     assert "Means over test subjects" in (out / "chosen" / "index.html").read_text(encoding="utf-8")
 
+    experiment(recipe, [*words, "name=moved", "protocol.tta=true"], workers=1)
+    assert {path: path.stat().st_mtime_ns for path in out.glob("finetune/*/*.safetensors")} == weights
+    plain, moved = (pd.read_csv(out / name / "results.csv") for name in ("chosen", "moved"))
+    assert (plain["case"] == moved["case"]).all()
+    assert (plain["dice"] != moved["dice"]).any()
+    assert "masks being means over moved views" in (out / "moved" / "index.html").read_text(encoding="utf-8")
+
 
 def test_a_dry_run_prints_the_plan_and_trains_nothing(
     out: Path, recipe: str, raw: Path, capfd: pytest.CaptureFixture[str]
@@ -503,6 +510,7 @@ def test_transductive_is_said_in_every_table(raw: Path, tmp_path: Path) -> None:
             ["experiment.vary={protocol.evaluate: [test, development]}"],
             "protocol.evaluate is test here and development there: what is compared needs one value of it",
         ),
+        (["experiment.vary={protocol.tta: [false, true]}"], "protocol.tta is false here and true there"),
         (["experiment.vary={protocol.budget: [volumes, subjects]}"], "protocol.budget is volumes here and subjects"),
         (["experiment.vary.labels=[3]"], "With labels=3 two of the 2 draws of split 0 would label the same volumes"),
         (["data=nowhere"], "nowhere"),

@@ -53,7 +53,7 @@ def make(tmp_path: Path) -> Make:
             )
         if done:
             write_json(folder / "manifest.json", {"evaluated": {"test": []}})
-        job = Job(print, {"settings": {"validation": validation}}, folder, 1, subjects="test")
+        job = Job(print, {"settings": {"validation": validation}}, folder, 1, measured="test")
         return Training(Variant(axes, {}), part, draw, job, None)
 
     return training

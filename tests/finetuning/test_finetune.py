@@ -19,7 +19,7 @@ from glocal.experiments.report import report
 from glocal.files import read_json, write_json
 from glocal.finetuning.finetune import finetune
 from glocal.finetuning.measure import Validation
-from glocal.inference import folded, slice_probabilities
+from glocal.inference import folded, predict, slice_probabilities
 from glocal.model import load_network, read_header
 from glocal.pretraining.pretrain import pretrain
 from glocal.runs import held, manifest_of
@@ -230,6 +230,39 @@ def test_development_subjects_are_measured_when_asked_and_test_subjects_later(
     both = [pd.read_csv(folder / "evaluation-test.csv") for folder in (run, tmp_path / "at-once")]
     pd.testing.assert_frame_equal(*both)
     assert sorted(file.name for file in (run / "predictions").iterdir()) == ["case4.nii.gz", "case5.nii.gz"]
+
+
+def test_moved_views_are_measured_apart_and_without_training_again(
+    store: Store, tmp_path: Path, cheap: dict[str, Any]
+) -> None:
+    """As `predict --tta` predicts."""
+    run, settings = tmp_path / "run", {**cheap, **SHORT, "validation": 1}
+    finetune(store, run, settings)
+    plain = {path: path.read_bytes() for path in run.rglob("*") if path.suffix in (".csv", ".gz", ".safetensors")}
+    finetune(store, run, settings, protocol=ProtocolOptions(tta=True))
+    assert {path: path.read_bytes() for path in plain} == plain
+    assert manifest_of(run)["evaluated"] == {"test": ["case5"], "test-tta": ["case5"]}
+    table = pd.read_csv(run / "evaluation-test-tta.csv")
+    assert list(table["checkpoint"].unique()) == ["last", "best"]
+    image = store.dataset / "imagesTr" / "case5_0000.nii.gz"
+    for model, folder in (("model", "predictions"), ("best", "predictions-best")):
+        predict(run / f"{model}.safetensors", image, tmp_path / folder, tta=True)
+        (mine,) = (run / f"{folder}-tta").iterdir()
+        mask = read_labels(mine).array
+        assert (mask == read_labels(tmp_path / folder / "case5.nii.gz").array).all()
+        assert (mask != read_labels(run / folder / "case5.nii.gz").array).any()
+    page = report(run).read_text(encoding="utf-8")
+    assert "mean Dice of 1 test case<" in page
+    assert "mean Dice of 1 test case, predicted with moved views (--tta)<" in page
+
+
+def test_moved_views_of_slices_that_never_moved_are_refused(
+    store: Store, tmp_path: Path, cheap: dict[str, Any]
+) -> None:
+    settings = {**cheap, **SHORT, "augmentation": {"spatial": "none"}}
+    with pytest.raises(GlocalError, match="slices are never turned, zoomed"):
+        finetune(store, tmp_path / "run", settings, protocol=ProtocolOptions(tta=True))
+    assert not (tmp_path / "run").exists()
 
 
 def test_other_slices_than_those_of_the_pretraining_are_refused(

@@ -34,18 +34,18 @@ def finetune(
         from glocal.model import Transfer
 
         typer.echo(Transfer(**read_json(run / "transfer.json")).sentence())
-    for subjects, cases in manifest_of(run)["evaluated"].items():
+    for measured, cases in manifest_of(run)["evaluated"].items():
         if cases:
             import pandas as pd
             from rich.console import Console
 
             from glocal.cli.evaluate import class_table
-            from glocal.finetuning.measure import evaluation_file
+            from glocal.finetuning.measure import evaluation_file, subjects_of, with_tta
 
-            frame = pd.read_csv(evaluation_file(run, subjects))
-            typer.echo(f"Measured on {subjects} subjects:")
+            frame = pd.read_csv(evaluation_file(run, measured))
+            typer.echo(f"Measured on {subjects_of(measured)} subjects{with_tta(measured)}:")
             Console().print(class_table(frame[frame["checkpoint"] == "last"]))
-        elif subjects == "test":
+        elif measured.startswith("test"):
             typer.echo("No labelled volume was kept for testing: the model has no Dice of unseen cases.")
         else:
             typer.echo("No labelled volume was kept for development: there is nothing to choose by.")

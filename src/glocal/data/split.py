@@ -50,6 +50,7 @@ class ProtocolOptions(BaseModel):
         "volumes", description="what labels and validation count; a subject brings all its labelled volumes"
     )
     evaluate: Evaluated = Field("test", description="choose settings on development subjects")
+    tta: bool = Field(False, description="measure means over moved views of each slice, as `predict --tta` makes")
     leave_one_out: bool = Field(False, description="each labelled subject in turn is the test subject of its own split")
     transductive: bool = Field(False, description="test subjects' images may be pre-trained on; every table says so")
 
@@ -60,6 +61,11 @@ class ProtocolOptions(BaseModel):
         if len(chosen) > 1:
             raise GlocalError(f"{' and '.join(chosen)} each say how subjects are split: choose one of them.")
         return self
+
+    @property
+    def measured(self) -> str:
+        """What is measured, in one word for the names of files: whom, and `-tta` with moved views."""
+        return self.evaluate + "-tta" * self.tta
 
 
 @dataclass(frozen=True)

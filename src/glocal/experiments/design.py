@@ -124,9 +124,9 @@ def _refuse_names(name: str, tables: Mapping[str, TableOptions]) -> None:
 
 
 def _refuse_mixed_protocols(found: Sequence[Variant]) -> None:
-    """Refuse what a table could not say: it has one word for its subjects and one for what its budgets count."""
-    for key in ("evaluate", "budget"):
-        chosen = list(dict.fromkeys(getattr(variant.recipe.protocol, key) for variant in found))
+    """Refuse what a table could not say: its subjects, how they are predicted and what its budgets count."""
+    for key in ("evaluate", "tta", "budget"):
+        chosen = list(dict.fromkeys(str(getattr(variant.recipe.protocol, key)).lower() for variant in found))
         if len(chosen) > 1:
             raise GlocalError(
                 f"protocol.{key} is {' here and '.join(chosen)} there: what is compared needs one value of it; make "

@@ -22,6 +22,7 @@ from glocal.experiments.plan import Training
 from glocal.experiments.results import values_of
 from glocal.experiments.sections import shown_slice
 from glocal.finetuning.finetune import TRANSDUCTIVE
+from glocal.finetuning.measure import predictions_folder
 from glocal.reporting import comparisons
 from glocal.reporting.comparisons import PictureRow
 from glocal.reporting.html import Picture
@@ -96,6 +97,7 @@ def caption(design: Experiment, summary: pd.DataFrame) -> str:
         if design.transductive
         else ("no test subject was part of any training (inductive)")
     )
+    views = ", masks being means over moved views of each slice (test-time augmentation)" if protocol.tta else ""
     trainings = int(summary["trainings"].max())
     counts = f"{trainings} training{'s' * (trainings != 1)} a cell: {_counts(summary)}"
     paired = (
@@ -104,7 +106,7 @@ def caption(design: Experiment, summary: pd.DataFrame) -> str:
         else ""
     )
     return (
-        f"Means over {judged}, measured in volumes of native resolution; {counts}; {pretrained}. {paired}"
+        f"Means over {judged}, measured in volumes of native resolution{views}; {counts}; {pretrained}. {paired}"
         f"Budgets count labelled {protocol.budget}. {unit_sentence(design.options.statistics, summary)}"
     )
 
@@ -207,7 +209,7 @@ def pictures_of(
 
 
 def _row(store: Store, case: str, trainings: Mapping[str, Training], miou: dict[str, float]) -> PictureRow:
-    folders = [training.job.folder / "predictions" for training in trainings.values()]
+    folders = [predictions_folder(t.job.folder, t.job.measured or "test") for t in trainings.values()]
     shown = shown_slice(store, read_dataset(store.dataset), folders, case)
     assert shown.truth is not None  # it was measured
     masks = dict(zip(trainings, shown.masks, strict=True))

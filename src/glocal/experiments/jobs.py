@@ -12,7 +12,6 @@ from typing import Any
 from rich.progress import Progress
 
 from glocal import runs
-from glocal.data.split import Evaluated
 from glocal.errors import Busy, GlocalError
 from glocal.experiments.executors import LOST, Executors, JobError, Work, told
 from glocal.files import write_text
@@ -33,11 +32,11 @@ class Job:
     folder: Path
     iterations: int
     needs: tuple[Path, ...] = ()  # folders of other jobs
-    subjects: Evaluated | None = None  # that the run must have been measured on
+    measured: str | None = None  # what the run must have measured, see `ProtocolOptions.measured`
 
     def done(self) -> bool:
         """Whether the run was finished before, and measured as it is to be."""
-        return is_measured(self.folder, self.subjects) if self.subjects else runs.finished(self.folder)
+        return is_measured(self.folder, self.measured) if self.measured else runs.finished(self.folder)
 
     @property
     def left(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from glocal import runs
+from glocal.data.split import ProtocolOptions
 from glocal.data.store import Store
 from glocal.errors import GlocalError
 from glocal.experiments.probed import all_probed, probed
@@ -23,7 +24,7 @@ from glocal.experiments.sections import (
 )
 from glocal.experiments.tables import HEADINGS, budget_size, caption, collect_results, paired, read_table, scores
 from glocal.files import read_json
-from glocal.finetuning.measure import evaluation_file
+from glocal.finetuning.measure import evaluation_file, subjects_of, with_tta
 from glocal.model import read_header
 from glocal.reporting.figures import paired_differences
 from glocal.reporting.html import Picture, Report, Section, Table, write_report
@@ -86,13 +87,13 @@ def _of_finetuning(run: Path) -> Report:
     sections = [Section("Learning curves", pictures=curves)]
     warnings = _warnings(manifest)
     found: list[Section] = []
-    for subjects, cases in sorted(manifest["evaluated"].items(), reverse=True):  # test subjects first
+    for what, cases in sorted(manifest["evaluated"].items(), reverse=True):  # test subjects first
         if cases:
-            last = pd.read_csv(evaluation_file(run, subjects)).query("checkpoint == 'last'")
-            dice = last.groupby("case")["dice"].mean().mean()
-            figures.append((f"mean Dice of {count(cases, f'{subjects} case')}", f"{dice:.3f}"))
-            for section in (*measured(last), *best_and_worst(run, last)):
-                section.title = f"{section.title}: {subjects} cases"
+            last = pd.read_csv(evaluation_file(run, what)).query("checkpoint == 'last'")
+            dice, whose, how = last.groupby("case")["dice"].mean().mean(), subjects_of(what), with_tta(what)
+            figures.append((f"mean Dice of {count(cases, f'{whose} case')}{how}", f"{dice:.3f}"))
+            for section in (*measured(last), *best_and_worst(run, last, what)):
+                section.title = f"{section.title}: {whose} cases{how}"
                 found.append(section)
     if not found:
         warnings.append(NO_TEST)
@@ -122,10 +123,11 @@ def _of_run(run: Path) -> Report:
         figures = _key_figures(run)
         sections.append(_comparison(run, results))
         best = _shown_training(run, results)
-        frame = pd.read_csv(evaluation_file(best, settings["protocol"]["evaluate"]))
+        what = ProtocolOptions.model_validate(settings["protocol"]).measured
+        frame = pd.read_csv(evaluation_file(best, what))
         frame = frame[frame["checkpoint"] == "last"]
         shown = f"Of the best contender, the training with the median Dice: {best.relative_to(run / 'finetune')}."
-        for section in (*measured(frame), *best_and_worst(best, frame)):
+        for section in (*measured(frame), *best_and_worst(best, frame, what)):
             section.text = f"{shown} {section.text}" if section.tables or section.pictures else section.text
             sections.append(section)
     sections += masks(run, store)

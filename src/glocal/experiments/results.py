@@ -21,8 +21,8 @@ def collect(trainings: Sequence[Training]) -> pd.DataFrame:
     frames = []
     for training in trainings:
         job = training.job
-        assert job.subjects is not None  # every fine-tuning's
-        path = evaluation_file(job.folder, job.subjects)
+        assert job.measured is not None  # every fine-tuning's
+        path = evaluation_file(job.folder, job.measured)
         if not job.done() or not path.exists():
             continue
         validation = job.arguments["settings"].get("validation", 0)

@@ -14,6 +14,7 @@ from glocal.data.preprocess import preprocess
 from glocal.data.split import Split, read_split
 from glocal.data.store import Store
 from glocal.devices import device_named, precision_of
+from glocal.ensemble import Models
 from glocal.errors import GlocalError
 from glocal.experiments.derive import derived
 from glocal.experiments.executors import default_workers, executor_named
@@ -31,7 +32,7 @@ from glocal.experiments.trainings import (
 )
 from glocal.files import read_json, write_json
 from glocal.finetuning.measure import measured_cases, predict_cases
-from glocal.model import load_network
+from glocal.inference import predictor
 from glocal.processes import cores
 from glocal.progress import console
 
@@ -104,16 +105,17 @@ def _whole_road(recipe: Recipe, workers: int | None) -> None:
         do([*pretraining, *finetuning], "Training", executor)
     write_json(out / "split.json", {"splits": [split.__dict__ for split in splits]})
     write_tables(out)
-    write_masks(store, finetuning[-1].folder, out / "masks", device_named(recipe.device))
+    write_masks(store, finetuning[-1].folder, out / "masks", recipe.protocol.tta, device_named(recipe.device))
 
 
-def write_masks(store: Store, training: Path, folder: Path, device: torch.device) -> None:
+def write_masks(store: Store, training: Path, folder: Path, tta: bool, device: torch.device) -> None:
     """Masks of the unlabelled volumes by one training (the last contender's), native geometry; none is made twice."""
     dataset = read_dataset(store.dataset)
     cases = tuple(v.case for v in store.volumes if not v.labelled)
     missing = tuple(case for case in cases if not (folder / f"{case}{dataset.file_ending}").exists())
     if missing:
-        network = load_network(training / "model.safetensors")[0].to(device)
+        models = Models.load([training / "model.safetensors"])
+        network = predictor(models, models.variation(tta, passes=0, every_decoder=False), device)
         predict_cases(network, store, dataset, missing, folder, device)
 
 

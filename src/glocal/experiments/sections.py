@@ -19,6 +19,7 @@ from glocal.errors import GlocalError
 from glocal.evaluation.evaluate import note_counts, summary
 from glocal.evaluation.metrics import EMPTY_POLICY
 from glocal.files import read_json
+from glocal.finetuning.measure import predictions_folder
 from glocal.reporting.figures import class_boxes, learning_curves, overlay_row
 from glocal.reporting.html import Picture, Section, Table
 from glocal.reporting.rows import slice_rows
@@ -68,10 +69,10 @@ def _text(value: Any) -> str:
     return "" if not isinstance(value, str) else value
 
 
-def best_and_worst(run: Path, frame: pd.DataFrame) -> list[Section]:
-    """Best, median and worst case, at the slice with most of the structures."""
-    store_path = _store_of(run)
-    if store_path is None or not (run / "predictions").is_dir():
+def best_and_worst(run: Path, frame: pd.DataFrame, what: str) -> list[Section]:
+    """Best, median and worst case of `what` was measured, at the slice with most of the structures."""
+    store_path, folder = _store_of(run), predictions_folder(run, what)
+    if store_path is None or not folder.is_dir():
         return []
     store = Store.open(store_path)
     try:
@@ -84,7 +85,7 @@ def best_and_worst(run: Path, frame: pd.DataFrame) -> list[Section]:
     pictures = [
         Picture(
             f"{name} case: {case}, mean Dice {order[case]:.3f}",
-            _overlay(store, dataset, run / "predictions", case),
+            _overlay(store, dataset, folder, case),
             "png",
             wide=True,
         )

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from glocal import runs
+from glocal.data.split import ProtocolOptions
 from glocal.errors import GlocalError
 from glocal.files import read_json, replacing, write_text
 from glocal.finetuning.measure import evaluation_file
@@ -23,7 +24,7 @@ def collect_results(out: Path) -> pd.DataFrame:
     frames = []
     recipe = runs.settings_of(out)
     order = {name: place for place, name in enumerate(["random", *(recipe["compare"] or recipe["pretrain"])])}
-    measured = evaluation_file(Path("split-*/*/labels-*"), recipe["protocol"]["evaluate"])
+    measured = evaluation_file(Path("split-*/*/labels-*"), ProtocolOptions.model_validate(recipe["protocol"]).measured)
     paths = sorted((out / "finetune").glob(str(measured)))
     for path in sorted(paths, key=lambda path: order[path.parent.parent.name]):  # contenders as the recipe has them
         settings, draw = runs.settings_of(path.parent), read_json(path.parent / "split.json")["draw"]
@@ -117,6 +118,8 @@ def caption(out: Path) -> str:
         "Differences are paired with random initialisation: same split, same labelled volumes. Draws of one split "
         "share test subjects and pre-trained weights, so they are no independent trials."
     )
+    if protocol.get("tta"):
+        words += " Masks are means over moved views of each slice (test-time augmentation)."
     if protocol["budget"] == "subjects":
         words += " Labels are counted in subjects: each brings all its labelled volumes."
     if protocol["transductive"]:

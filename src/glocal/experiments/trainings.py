@@ -75,7 +75,7 @@ def finetuning_job(
     }
     needs = () if before is None else (before,)
     iterations = finetuning_options(settings).max_iterations
-    return Job(finetune, arguments, folder, iterations, needs, recipe.protocol.evaluate)
+    return Job(finetune, arguments, folder, iterations, needs, recipe.protocol.measured)
 
 
 def model_of(recipe: Recipe, contender: str, folder: Path) -> Path:

@@ -39,6 +39,7 @@ from glocal.networks.registry import NETWORKS, build
 from glocal.progress import console
 from glocal.randomness import seed_of
 from glocal.views import view
+from glocal.views.moves import moves
 
 TRANSDUCTIVE = "Transductive: the images of test subjects, not their labels, were part of the pre-training."
 NOTHING_UNLABELLED = (
@@ -81,6 +82,8 @@ def finetune(
     source = None if pretrained is None or gone else find_model(pretrained)
     split = split or (read_split(run) if gone else _split_of(source, store, protocol, options.seed))
     draw = draw_of(store.volumes, split, options, protocol)
+    if protocol.tta:
+        _refuse_unmoved(options, store)
     joined(options.device)
     header, begin, report = _start(store, options, source, split, draw)
     before = runs.settings_of(run)["pretrained"] if gone else _before(source)
@@ -95,12 +98,12 @@ def finetune(
             if cases:  # where their label maps are: a dataset that has moved is said before training, not after
                 read_dataset(store.dataset)
             warnings = _train(store, run, options, split, draw, header, begin)
-        if rank() == 0 and not is_measured(run, protocol.evaluate):  # the first process measures alone
+        if rank() == 0 and not is_measured(run, protocol.measured):  # the first process measures alone
             if finished:
                 stack.enter_context(runs.held(run))
             if cases:
-                measure(store, run, protocol.evaluate, cases, joined(options.device))
-            evaluated = {protocol.evaluate: list(cases)}
+                measure(store, run, protocol, cases, joined(options.device))
+            evaluated = {protocol.measured: list(cases)}
             if finished:
                 (run / "report.html").unlink(missing_ok=True)  # it would not say all
                 runs.amend(run, evaluated=runs.manifest_of(run)["evaluated"] | evaluated)
@@ -182,6 +185,15 @@ def _split_of(source: Path | None, store: Store, protocol: ProtocolOptions, seed
         if same_data and (folder / "split.json").exists():
             return read_split(folder)
     return make_split(store.volumes, store.split, protocol, seed)
+
+
+def _refuse_unmoved(options: FinetuningOptions, store: Store) -> None:
+    """What could not be measured with moved views is said before it is trained."""
+    if len(moves(options.augmentation.spatial, store.plan.options.size)) == 1:
+        raise GlocalError(
+            "protocol.tta=true, but slices are never turned, zoomed, shifted or mirrored in this fine-tuning, so its "
+            "network will know no moved views: leave protocol.tta out, or move slices by augmentation.spatial."
+        )
 
 
 def draw_of(

@@ -11,19 +11,21 @@ from glocal import runs
 from glocal.data.dataset import Dataset, read_dataset
 from glocal.data.image import write_like
 from glocal.data.prepare import restore
-from glocal.data.split import Evaluated, ProtocolOptions, Split
+from glocal.data.split import ProtocolOptions, Split
 from glocal.data.store import Store
+from glocal.ensemble import Models
 from glocal.evaluation.calibration import calibrated
 from glocal.evaluation.evaluate import evaluate
 from glocal.evaluation.metrics import dice
 from glocal.files import replacing
-from glocal.inference import folded, slice_probabilities
+from glocal.inference import folded, predictor, slice_probabilities
 from glocal.model import Header, add_provenance, load_network, read_header, save_model
 from glocal.randomness import generator
 
 if TYPE_CHECKING:
     import pandas as pd
 
+CHECKPOINTS = {"last": "model.safetensors", "best": "best.safetensors"}
 _PIXELS = 500_000  # that a temperature is fitted on: enough for one number
 
 
@@ -65,7 +67,7 @@ def calibrate(store: Store, run: Path, cases: tuple[str, ...], device: torch.dev
     their pixels the negative log-likelihood `nll` and the expected calibration error `ece`, each before and after.
     Weights, and so masks, stay as they are.
     """
-    for path in (run / "model.safetensors", run / "best.safetensors"):
+    for path in (run / file for file in CHECKPOINTS.values()):
         if path.exists():
             network = folded(load_network(path)[0].to(device))
             found = calibrated(*_some_pixels(network, store, cases, device))
@@ -97,22 +99,38 @@ def measured_cases(store: Store, split: Split, protocol: ProtocolOptions) -> tup
     return tuple(volume.case for volume in store.volumes if volume.case in wanted and volume.labelled)
 
 
-def is_measured(run: Path, subjects: Evaluated) -> bool:
-    """Whether a training is finished and was measured on its test or development subjects, if it has any."""
-    return runs.finished(run) and subjects in runs.manifest_of(run)["evaluated"]
+def is_measured(run: Path, measured: str) -> bool:
+    """Whether a training is finished and was `measured` as a protocol says, if it has such subjects."""
+    return runs.finished(run) and measured in runs.manifest_of(run)["evaluated"]
 
 
-def evaluation_file(run: Path, subjects: Evaluated) -> Path:
-    """What a training's test or development subjects have measured; written by `measure`."""
-    return run / f"evaluation-{subjects}.csv"
+def evaluation_file(run: Path, measured: str) -> Path:
+    """What was `measured` of a training, as its protocol says; written by `measure`."""
+    return run / f"evaluation-{measured}.csv"
+
+
+def predictions_folder(run: Path, measured: str, checkpoint: str = "last") -> Path:
+    """Where the masks of the last or best checkpoint are; those with moved views lie apart."""
+    return run / f"predictions{'-best' * (checkpoint == 'best')}{'-tta' * measured.endswith('-tta')}"
+
+
+def subjects_of(measured: str) -> str:
+    """Whose volumes were `measured`: test or development."""
+    return measured.removesuffix("-tta")
+
+
+def with_tta(measured: str) -> str:
+    """Words to follow on whose volumes were `measured`; none without moved views."""
+    return ", predicted with moved views (--tta)" if measured.endswith("-tta") else ""
 
 
 def measure(
-    store: Store, run: Path, subjects: Evaluated, cases: tuple[str, ...], device: torch.device
+    store: Store, run: Path, protocol: ProtocolOptions, cases: tuple[str, ...], device: torch.device
 ) -> "pd.DataFrame":
-    """Predict cases in native geometry and write `evaluation-SUBJECTS.csv`: one row per checkpoint, case and class.
+    """Predict cases in native geometry and write `evaluation-MEASURED.csv`: one row per checkpoint, case and class.
 
-    The masks of the last checkpoint stay in `predictions/`, those of the best in `predictions-best/`.
+    The masks of the last checkpoint stay in `predictions/`, those of the best in `predictions-best/`; with moved views
+    the names of both end in `-tta`.
 
     Raises:
         GlocalError: the raw dataset is no longer where the store was made from.
@@ -121,26 +139,27 @@ def measure(
 
     dataset = read_dataset(store.dataset)
     frames = []
-    for name, folder in (("last", "predictions"), ("best", "predictions-best")):
-        model = run / ("model.safetensors" if name == "last" else "best.safetensors")
+    for name in ("last", "best"):
+        model, folder = run / CHECKPOINTS[name], predictions_folder(run, protocol.measured, name)
         if not model.exists():
             continue
-        network, header = load_network(model)
-        predict_cases(network.to(device), store, dataset, cases, run / folder, device)
+        models = Models.load([model])
+        network = predictor(models, models.variation(protocol.tta, passes=0, every_decoder=False), device)
+        predict_cases(network, store, dataset, cases, folder, device)
         frame = evaluate(
-            run / folder,
+            folder,
             dataset.root,
             class_names=store.labels,
             spacing_known=store.plan.options.spacing_known,
             cases=cases,
         )
         frame.insert(0, "checkpoint", name)
-        frame["transductive"] = bool((header.provenance["pretraining"] or {}).get("transductive"))
+        frame["transductive"] = bool((models.headers[0].provenance["pretraining"] or {}).get("transductive"))
         frames.append(frame)
     table = pd.concat(frames, ignore_index=True)
     subject = {volume.case: volume.subject for volume in store.volumes}
     table.insert(2, "subject", table["case"].map(subject))
-    with replacing(evaluation_file(run, subjects)) as temporary:
+    with replacing(evaluation_file(run, protocol.measured)) as temporary:
         table.to_csv(temporary, index=False)
     return table
 
@@ -148,9 +167,8 @@ def measure(
 def predict_cases(
     network: nn.Module, store: Store, dataset: Dataset, cases: tuple[str, ...], folder: Path, device: torch.device
 ) -> None:
-    """Write the masks of cases of a store into `folder`, in native geometry, format and header."""
+    """Write the masks of cases of a store by a `predictor` into `folder`, in native geometry, format and header."""
     images = {case.name: case.images[0] for case in dataset.cases}
-    network = folded(network)
     for case in cases:
         undo = store.volumes[store.index_of(case)].undo
         mask = restore(slice_probabilities(network, store.volume(case), device), undo)
