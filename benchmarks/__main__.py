@@ -3,6 +3,7 @@
 The rows beside peers that are not installed are measured by `make bench-peers`, in an environment that has them.
 """
 
+import argparse
 import subprocess
 import sys
 
@@ -46,5 +47,10 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    chosen = [name for name in sys.argv[1:] if not name.startswith("-")]
-    sys.exit(main(chosen or list(WITH_PEERS if "--peers" in sys.argv else ALONE)))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Run benchmarks and keep their figures.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ALONE)}; all without any")
+    parser.add_argument("--peers", action="store_true", help=f"those beside peers: {', '.join(WITH_PEERS)}")
+    asked = parser.parse_args()
+    if unknown := set(asked.names) - {*ALONE, *WITH_PEERS}:
+        parser.error(f"there is no benchmark {', '.join(sorted(unknown))}")
+    sys.exit(main(asked.names or list(WITH_PEERS if asked.peers else ALONE)))
