@@ -148,6 +148,12 @@ def test_they_may_be_the_mean_of_moved_views(make: Any, store: Store) -> None:
     assert not labels.equal(predicted(learner, store)[1])
 
 
+def test_moved_views_of_slices_that_never_move_are_refused() -> None:
+    settings = {"strategy": "self-training", "tta": True, "augmentation": {"spatial": "none"}}
+    with pytest.raises(GlocalError, match="tta=true, but slices are never turned"):
+        finetuning_options(settings)
+
+
 def test_uncertain_pixels_are_ignored(make: Any, store: Store) -> None:
     learner = make()
     probability, classes = predicted(learner, store)

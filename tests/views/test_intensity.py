@@ -136,9 +136,17 @@ def test_bias_field_multiplies_with_a_smooth_field_within_the_option() -> None:
     for number in (0, 7):
         a, b, c, d, e = coil.bias_field[number].tolist()
         for row, column in ((0, 0), (3, 11), (11, 16)):
-            v, u = 2 * row / 11 - 1, 2 * column / 16 - 1
+            v, u = (2 * row + 1) / 12 - 1, (2 * column + 1) / 17 - 1
             expected = a * u + b * v + c * u * u + d * u * v + e * v * v
             assert field[number, 0, row, column].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_values_are_changed_in_full_precision_whatever_is_trained_in() -> None:
+    every = draw(brightness=0.3, contrast=0.5, gamma=(0.5, 2.0), noise=0.1, blur=1.0, bias_field=1.0)
+    x = images()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = every.image(x)
+    assert torch.equal(mixed, every.image(x))
 
 
 def test_bias_field_of_zeros_is_one() -> None:

@@ -35,17 +35,18 @@ def finetune(
 
         typer.echo(Transfer(**read_json(run / "transfer.json")).sentence())
     for measured, cases in manifest_of(run)["evaluated"].items():
+        from glocal.finetuning.measure import evaluation_file, subjects_of, with_tta
+
         if cases:
             import pandas as pd
             from rich.console import Console
 
             from glocal.cli.evaluate import class_table
-            from glocal.finetuning.measure import evaluation_file, subjects_of, with_tta
 
             frame = pd.read_csv(evaluation_file(run, measured))
             typer.echo(f"Measured on {subjects_of(measured)} subjects{with_tta(measured)}:")
             Console().print(class_table(frame[frame["checkpoint"] == "last"]))
-        elif measured.startswith("test"):
+        elif subjects_of(measured) == "test":
             typer.echo("No labelled volume was kept for testing: the model has no Dice of unseen cases.")
         else:
             typer.echo("No labelled volume was kept for development: there is nothing to choose by.")

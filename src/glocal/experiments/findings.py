@@ -209,7 +209,7 @@ def pictures_of(
 
 
 def _row(store: Store, case: str, trainings: Mapping[str, Training], miou: dict[str, float]) -> PictureRow:
-    folders = [predictions_folder(t.job.folder, t.job.measured or "test") for t in trainings.values()]
+    folders = [predictions_folder(t.job.folder, t.job.measured) for t in trainings.values()]
     shown = shown_slice(store, read_dataset(store.dataset), folders, case)
     assert shown.truth is not None  # it was measured
     masks = dict(zip(trainings, shown.masks, strict=True))

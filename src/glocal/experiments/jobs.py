@@ -32,7 +32,7 @@ class Job:
     folder: Path
     iterations: int
     needs: tuple[Path, ...] = ()  # folders of other jobs
-    measured: str | None = None  # what the run must have measured, see `ProtocolOptions.measured`
+    measured: str = ""  # what must have been measured, see `ProtocolOptions.measured`; of a pre-training nothing
 
     def done(self) -> bool:
         """Whether the run was finished before, and measured as it is to be."""

@@ -21,7 +21,6 @@ def collect(trainings: Sequence[Training]) -> pd.DataFrame:
     frames = []
     for training in trainings:
         job = training.job
-        assert job.measured is not None  # every fine-tuning's
         path = evaluation_file(job.folder, job.measured)
         if not job.done() or not path.exists():
             continue

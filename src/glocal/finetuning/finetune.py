@@ -39,7 +39,7 @@ from glocal.networks.registry import NETWORKS, build
 from glocal.progress import console
 from glocal.randomness import seed_of
 from glocal.views import view
-from glocal.views.moves import moves
+from glocal.views.moves import refuse_still
 
 TRANSDUCTIVE = "Transductive: the images of test subjects, not their labels, were part of the pre-training."
 NOTHING_UNLABELLED = (
@@ -83,7 +83,7 @@ def finetune(
     split = split or (read_split(run) if gone else _split_of(source, store, protocol, options.seed))
     draw = draw_of(store.volumes, split, options, protocol)
     if protocol.tta:
-        _refuse_unmoved(options, store)
+        refuse_still(options.augmentation.spatial, "protocol.tta=true")
     joined(options.device)
     header, begin, report = _start(store, options, source, split, draw)
     before = runs.settings_of(run)["pretrained"] if gone else _before(source)
@@ -185,15 +185,6 @@ def _split_of(source: Path | None, store: Store, protocol: ProtocolOptions, seed
         if same_data and (folder / "split.json").exists():
             return read_split(folder)
     return make_split(store.volumes, store.split, protocol, seed)
-
-
-def _refuse_unmoved(options: FinetuningOptions, store: Store) -> None:
-    """What could not be measured with moved views is said before it is trained."""
-    if len(moves(options.augmentation.spatial, store.plan.options.size)) == 1:
-        raise GlocalError(
-            "protocol.tta=true, but slices are never turned, zoomed, shifted or mirrored in this fine-tuning, so its "
-            "network will know no moved views: leave protocol.tta out, or move slices by augmentation.spatial."
-        )
 
 
 def draw_of(

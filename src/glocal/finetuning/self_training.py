@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from glocal.data.sampling import Pool
@@ -19,7 +19,7 @@ from glocal.finetuning.pseudo_labels import IGNORED, PseudoLabels
 from glocal.inference import folded
 from glocal.networks.base import SegmentationNetwork
 from glocal.randomness import generator
-from glocal.views.moves import moves
+from glocal.views.moves import moves, refuse_still
 
 
 class Options(SemiSupervisedOptions):
@@ -46,6 +46,12 @@ class Options(SemiSupervisedOptions):
     )
     ramp_up: float = Field(0.0, ge=0, le=1, description="share of each round over which the weight rises to `weight`")
     masks: bool = Field(True, description="at the end, write the last pseudo-labels as masks, to look at in a viewer")
+
+    @model_validator(mode="after")
+    def _views_differ(self) -> "Options":
+        if self.tta:
+            refuse_still(self.augmentation.spatial, "tta=true")
+        return self
 
 
 class SelfTraining(Strategy):

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from glocal.options import or_none
 from glocal.views.ranges import PositiveRange, Probability, Range, log_uniform, moved
+from glocal.views.spatial import centres
 
 
 class IntensityOptions(BaseModel):
@@ -36,10 +37,9 @@ class IntensityOptions(BaseModel):
 
 @dataclass(frozen=True)
 class Intensity:
-    """One draw for B images. Each change has one number per image, (B,), or is None where its option is off; the bias
-    field has five, (B, 5): the coefficients of its logarithm, a polynomial in x and y from -1 to 1 over the image:
-    x, y, x^2, x y, y^2.
+    """One draw for B images. Each change has one number per image, (B,), or is None where its option is off.
 
+    The bias field has five, (B, 5): of x, y, x^2, x y and y^2, whose sum is its logarithm; x and y go from -1 to 1.
     `rows` (B,) are the images' places among the `total` drawn together: a share of a draw gets its share of the noise.
     """
 
@@ -120,10 +120,11 @@ def signed_power(x: Tensor, exponent: Tensor) -> Tensor:
 
 def smooth_field(coefficients: Tensor, height: int, width: int) -> Tensor:
     """Fields (B, 1, height, width): exponentials of polynomials with `coefficients` (B, 5), see `Intensity`."""
-    y = torch.linspace(-1, 1, height, device=coefficients.device)[:, None].expand(height, width)
-    x = torch.linspace(-1, 1, width, device=coefficients.device).expand(height, width)
-    basis = torch.stack([x, y, x * x, x * y, y * y]).flatten(1)
-    return (coefficients @ basis).exp().view(-1, 1, height, width)
+    y, x = centres(height, coefficients.device)[:, None], centres(width, coefficients.device)
+    logarithm = coefficients.new_zeros(())
+    for factor, term in zip(coefficients.T, (x, y, x * x, x * y, y * y), strict=True):
+        logarithm = logarithm + _column(factor, term) * term  # a matrix product would round in mixed precision
+    return logarithm.exp()
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:

@@ -7,6 +7,7 @@ from math import cos, radians, sin
 import torch
 from torch import Tensor
 
+from glocal.errors import GlocalError
 from glocal.views.spatial import Spatial, SpatialOptions
 
 _PART = 1 / 3  # of what training moved its slices by at most: far enough to differ, and nothing that it hardly saw
@@ -54,6 +55,19 @@ def moves(trained: SpatialOptions, size: tuple[int, int]) -> list[Move]:
     for down, right in product(*((1, -1) if chance else (1,) for chance in trained.flip)):
         found.append(torch.diag(torch.tensor([right, down, 1], dtype=torch.float64)))
     return [Move.by(matrix) for k, matrix in enumerate(found) if not any(map(matrix.equal, found[:k]))]
+
+
+def refuse_still(trained: SpatialOptions, asked: str) -> None:
+    """What is asked for in vain is said before anything is trained.
+
+    Raises:
+        GlocalError: training moves nothing, so that `moves` has but one view; `asked` is how more were asked for.
+    """
+    if len(moves(trained, (1, 1))) == 1:
+        raise GlocalError(
+            f"{asked}, but slices are never turned, zoomed, shifted or mirrored in this fine-tuning, so its network "
+            "will know no moved views: leave it out, or move slices by augmentation.spatial."
+        )
 
 
 def _matrix(degrees: float, zoom: float, shift: tuple[float, float], size: tuple[int, int]) -> Tensor:
