@@ -8,11 +8,14 @@ import yaml
 
 from glocal.errors import GlocalError
 from glocal.experiments.derive import derived
-from glocal.experiments.grid import experiment_options, variants
+from glocal.experiments.design import axes_of
+from glocal.experiments.grid import baseline_of, experiment_options, variants
+from glocal.experiments.layout import check_layout
 from glocal.experiments.recipe import Recipe, make_recipe, read_recipe, recipe_names, recipe_text
 from glocal.finetuning.registry import finetuning_options
 from glocal.pretraining.registry import METHODS, method_named, pretraining_options
 
+DOCUMENTED = Path(__file__).parents[2] / "docs" / "results"
 SETTINGS: dict[str, Any] = {
     "name": "mine",
     "data": "hearts",
@@ -44,6 +47,19 @@ def test_every_packaged_recipe_is_valid_and_says_what_it_is_for(name: str, raw: 
     assert recipe.contenders()[0] == "random"
     assert len(recipe.contenders()) > 1
     assert finetuning_options(recipe.part(recipe.finetune)).labels
+
+
+@pytest.mark.parametrize("path", sorted(DOCUMENTED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_beside_its_results_still_reads(path: Path) -> None:
+    settings = read_recipe(str(path), ["data=hearts", "out=run", "device=cpu"])
+    options = experiment_options(settings.pop("experiment"))
+    found = variants(settings, options)
+    for variant in found:
+        finetuning_options(variant.recipe.part(variant.recipe.finetune))
+    for table in options.tables.values():
+        check_layout(table, axes_of(found))
+    assert baseline_of(options, found)
+    assert settings["summary"]
 
 
 def test_there_is_a_recipe_for_the_demonstration_and_for_ones_own_data() -> None:
