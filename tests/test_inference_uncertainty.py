@@ -21,6 +21,7 @@ from glocal.finetuning.measure import calibrate
 from glocal.inference import folded, predict
 from glocal.model import add_provenance, load_network, read_header, save_model
 from glocal.overview import chosen_slices
+from glocal.pretraining.registry import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,7 @@ def test_cases_are_listed_and_measured(everything: Path) -> None:
         assert 0 < row["uncertainty"] < 1
     record = read_json(everything / "predictions.json")
     assert len(record["models"]) == 2
+    assert METHODS["pcl"].paper in record["papers"]
     assert record["options"] == {"tta": True, "passes": 0}
     assert "2 models × 5 moved views" in record["summary"]
 
@@ -157,6 +159,7 @@ def test_the_page_shows_every_case_the_most_urgent_first(everything: Path) -> No
     assert page.count("data:image/png") == 2
     assert len(page) < 3_000_000
     assert "2 models × 5 moved views" in page
+    assert "Papers to cite" in page
     assert "Before you use these results" not in page  # nothing to warn of
 
 

@@ -151,6 +151,11 @@ class Models:
         fitted: list[Any] = [header.provenance.get("temperature") for header in self.headers]
         return exp(fmean(map(log, fitted))) if all(fitted) else None
 
+    @property
+    def papers(self) -> list[str]:
+        """What to cite for what they predict."""
+        return list(dict.fromkeys(paper for header in self.headers for paper in header.papers))
+
     def sentence(self) -> str:
         """Whether probabilities are calibrated, in words."""
         if self.temperature is None:

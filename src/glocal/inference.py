@@ -128,6 +128,7 @@ def predict(
     inputs = list_inputs(images, plan.channels)
     record = _record(out, models, vary.options, inputs, overwrite)
     record |= {"summary": vary.sentence(uncertainty), "calibration": models.sentence(), "temperature": maps.temperature}
+    record["papers"] = models.papers
     write_json(out / "predictions.json", record)
     for case in track(inputs, "Predicting", len(inputs)):
         there = [name for name in record["cases"].get(case.name, {}).get("files", []) if (out / name).exists()]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from glocal.data.plan import Plan
 from glocal.errors import GlocalError
 from glocal.files import replacing
-from glocal.networks.registry import TrainedOptions, build
+from glocal.networks.registry import NETWORKS, TrainedOptions, build
 
 
 class Header(BaseModel):
@@ -27,7 +27,13 @@ class Header(BaseModel):
     channels: int
     labels: dict[str, int]
     plan: Plan
-    provenance: dict[str, Any]  # method or strategy, options, subjects seen, labelled cases, citations, versions
+    provenance: dict[str, Any]  # method or strategy, options, subjects seen, labelled cases, papers, versions
+
+    @property
+    def papers(self) -> list[str]:
+        """What to cite: the papers of the network, and of the strategy and the pre-training that trained it."""
+        trained = self.provenance.get("papers") or [self.provenance["paper"]]
+        return list(dict.fromkeys([NETWORKS[self.network.name].paper, *trained]))
 
 
 @dataclass(frozen=True)

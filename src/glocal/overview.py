@@ -15,7 +15,7 @@ from glocal.data.orientation import Undo
 from glocal.evaluation.cases import ORDER, cases_table
 from glocal.files import replacing
 from glocal.progress import track
-from glocal.reporting.html import Cell, Picture, Report, Section, Table, write_report
+from glocal.reporting.html import Cell, Picture, Report, Section, Table, papers, write_report
 from glocal.reporting.montage import montage
 
 CASES = "cases.csv"
@@ -64,6 +64,7 @@ def write_page(path: Path, record: Mapping[str, Any], table: pd.DataFrame, label
         Section("Cases", ORDER, [_table(table)]),
         Section("Pictures", _reading(len(shown), len(table)), pictures=pictures),
         Section("Models", tables=[_models(record)], collapsed=True),
+        *papers(record["papers"]),
     ]
     footer = f"Made by glocal {__version__} on {datetime.now(UTC):%Y-%m-%d}. Research software, not a medical device."
     warnings = [record["calibration"]] if record["temperature"] is None else []

@@ -109,7 +109,14 @@ def test_everything_is_there(out: Path) -> None:
     assert len(list((out / "stores").iterdir())) == 1
     assert not list(out.glob(".measuring-*"))
     page = (out / "first" / "index.html").read_text(encoding="utf-8")
-    for text in ("A tiny experiment.", "8 of 8 fine-tunings done", "contender (2)", "inductive", "Settings"):
+    for text in (
+        "A tiny experiment.",
+        "8 of 8 fine-tunings done",
+        "contender (2)",
+        "inductive",
+        "Papers to cite",
+        "Settings",
+    ):
         assert text in page, text
     assert "nan" not in re.sub(r'data:[^"]+"', "", page).lower().split()
 

@@ -1,6 +1,7 @@
 """The report of a run says in words what was done, whatever the budgets and the splits."""
 
 import shutil
+from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,10 @@ from glocal.experiments.probed import all_probed, probed, verdict
 from glocal.experiments.report import _budget, _lead, report
 from glocal.experiments.run import run
 from glocal.files import read_json, write_json
+from glocal.finetuning.registry import STRATEGIES
+from glocal.model import read_header
+from glocal.networks.registry import NETWORKS
+from glocal.pretraining.registry import METHODS
 
 
 @pytest.mark.parametrize(
@@ -64,6 +69,18 @@ def test_a_run_with_all_labels_has_its_table_and_its_report(raw: Path, tmp_path:
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "random/labels-1-draw-0" in page  # the training that is shown is one of the smallest budget
     assert "Dice, random, all labelled" in page
+
+
+def test_reports_say_what_to_cite_each_paper_once(pretrained: Path, finetuned: Path, tmp_path: Path) -> None:
+    used = [NETWORKS["unet"].paper, STRATEGIES["supervised"].paper, METHODS["pcl"].paper]
+    assert read_header(finetuned / "model.safetensors").papers == used
+    assert read_header(pretrained / "model.safetensors").papers == [used[0], used[2]]
+    pages = {finetuned: used, pretrained: [used[0], used[2]]}
+    for number, (folder, cited) in enumerate(pages.items()):
+        shutil.copytree(folder, tmp_path / str(number))
+        page = report(tmp_path / str(number)).read_text(encoding="utf-8")
+        assert "Papers to cite" in page
+        assert [page.count(escape(paper)) for paper in cited] == [1] * len(cited)
 
 
 def found(probe: float, neighbour: float, **more: Any) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from glocal.experiments.report import report
 from glocal.experiments.results import collect, scores_of
 from glocal.experiments.sections import count
 from glocal.files import replacing, write_bytes, write_text
+from glocal.model import read_header
 from glocal.progress import track
-from glocal.reporting.html import Cell, Picture, Report, Section, Table, write_report
+from glocal.reporting.html import Cell, Picture, Report, Section, Table, papers, write_report
 from glocal.reporting.typeset import csv, html_table, latex, markdown
 
 RUNS = "runs.html"
@@ -58,7 +59,8 @@ def write_results(
     key_figures, sections = ([], []) if results.empty else _measured(design, trainings, results, stores)
     write_report(_runs_page(design, trainings, scores), design.folder / RUNS)
     page = _page(design, trainings, failures)
-    page.key_figures, page.sections = key_figures, [*sections, *_tuning(tuning), *_closing(design)]
+    cited = (paper for training in done for paper in read_header(training.job.folder / "model.safetensors").papers)
+    page.key_figures, page.sections = key_figures, [*sections, *_tuning(tuning), *papers(cited), *_closing(design)]
     write_report(page, design.folder / "index.html")
     return design.folder / "index.html"
 

@@ -27,7 +27,7 @@ from glocal.files import read_json
 from glocal.finetuning.measure import evaluation_file, subjects_of, with_tta
 from glocal.model import read_header
 from glocal.reporting.figures import paired_differences
-from glocal.reporting.html import Picture, Report, Section, Table, write_report
+from glocal.reporting.html import Picture, Report, Section, Table, papers, write_report
 
 NO_TEST = (
     "No labelled volume was kept for testing, so nothing here says how good the masks of unseen cases are. Look at "
@@ -53,7 +53,8 @@ def report(run: Path) -> Path:
 
 def _of_pretraining(run: Path) -> Report:
     settings, manifest = runs.settings_of(run), runs.manifest_of(run)
-    provenance = read_header(run / "model.safetensors").provenance
+    model = read_header(run / "model.safetensors")
+    provenance = model.provenance
     lead = (
         f"A network was pre-trained without labels by {settings['method']} on the images of "
         f"{len(provenance['subjects'])} subjects, {settings['max_iterations']} iterations per stage."
@@ -62,7 +63,7 @@ def _of_pretraining(run: Path) -> Report:
     curves = Section(
         "Learning curves", pictures=[curve(log.parent, "loss") for log in sorted(run.glob("stage-*/metrics.jsonl"))]
     )
-    sections = [*probed(run), curves, *weights(run.glob("stage-*/transfer.json")), *closing(run)]
+    sections = [*probed(run), curves, *weights(run.glob("stage-*/transfer.json")), *papers(model.papers), *closing(run)]
     return Report(
         f"Pre-training: {settings['method']}", lead, figures, _warnings(manifest), sections, _footer(manifest)
     )
@@ -98,7 +99,7 @@ def _of_finetuning(run: Path) -> Report:
     if not found:
         warnings.append(NO_TEST)
     sections = [*found, *sections]
-    sections += [*examples(run, model.labels), *weights([run / "transfer.json"]), *closing(run)]
+    sections += [*examples(run, model.labels), *weights([run / "transfer.json"]), *papers(model.papers), *closing(run)]
     return Report(f"Fine-tuning: {settings['strategy']}", lead, figures, warnings, sections, _footer(manifest))
 
 
@@ -135,7 +136,9 @@ def _of_run(run: Path) -> Report:
     curves = [curve(log.parent, "loss") for log in sorted(run.glob("pretrain/split-0/*/stage-*/metrics.jsonl"))]
     curves.append(curves_together(trainings[:12]))
     sections.append(Section("Learning curves", pictures=curves, collapsed=not results.empty))
-    sections += [*weights(run.glob("finetune/split-0/*/labels-*-draw-0/transfer.json")), *closing(run)]
+    sections += weights(run.glob("finetune/split-0/*/labels-*-draw-0/transfer.json"))
+    cited = (paper for training in trainings for paper in read_header(training / "model.safetensors").papers)
+    sections += [*papers(cited), *closing(run)]
     return Report(f"{settings['name']}: {store.name}", lead, figures, warnings, sections, _footer(manifest))
 
 

@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -77,6 +77,12 @@ class Section:
     tables: list[Table] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     collapsed: bool = False
+
+
+def papers(found: Iterable[str]) -> list[Section]:
+    """What to cite, each paper once; nothing if there is nothing."""
+    named = dict.fromkeys(found)
+    return [Section("Papers to cite", "\n\n".join(named))] if named else []
 
 
 @dataclass
