@@ -72,7 +72,7 @@ fixmatch 6: [2.843, 2.6475]
 unimatch 6: [1.2958, 1.297]
 bcp 6: [4.4621, 7.4144]
 mixup 6: [2.1978, 2.1963]
-self-training 6: [2.2358, 3.855]
+self-training 7: [2.2358, 3.855]
 supervised 6: [2.183, 2.0316]
 supervised, Dice 6: [0.7481, 0.73567]
 task-augmentation 6: [6.2257, 2.1794]
@@ -233,7 +233,7 @@ bcp 1: {gradient_clip: 0.0, strategy: bcp, network: {}, labels: 2, validation: 0
 mixup 1: {gradient_clip: 0.0, strategy: mixup, network: {}, labels: 2, validation: 0, draw: 0, batch: 10, loss: dice+ce,
   evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1, shift: 0.15,
   elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}}, alpha: 0.1}
-self-training 1: {gradient_clip: 0.0, strategy: self-training, network: {}, labels: 2, validation: 0, draw: 0, batch:
+self-training 2: {gradient_clip: 0.0, strategy: self-training, network: {}, labels: 2, validation: 0, draw: 0, batch:
   10, loss: dice+ce, evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1,
   shift: 0.15, elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}},
   unlabelled_batch: 10, weight: 1.0, ramp_up: 0.0, rounds: 3, first: 0.4, retrain: reached, confidence: 0.0,

@@ -37,7 +37,7 @@ class PseudoLabels:
         return self.folder / f"round-{number}" / "labels.npy"
 
     def write(self, number: int, network: nn.Module, confidence: float, kept: float) -> None:
-        """Label all slices, whatever precision is trained in.
+        """Label all slices, in the precision that training runs in.
 
         Args:
             number: of the round.
@@ -46,15 +46,14 @@ class PseudoLabels:
             kept: at least this share of the pixels of each class does not, its most confident ones.
         """
         header = {"descr": "|u1", "fortran_order": False, "shape": self._shape}
-        with torch.autocast(self.pool.store.device.type, enabled=False):
-            thresholds = torch.full((self.classes,), confidence)
-            if confidence and kept:
-                thresholds = thresholds.minimum(least_kept(self._counts(network), kept))
-            with replacing(self.path(number)) as temporary, open(temporary, "wb") as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                for probability, label in self._predictions(network):
-                    label = label.where(probability >= thresholds[label], IGNORED)
-                    file.write(label.to(torch.uint8).numpy().tobytes())
+        thresholds = torch.full((self.classes,), confidence)
+        if confidence and kept:
+            thresholds = thresholds.minimum(least_kept(self._counts(network), kept))
+        with replacing(self.path(number)) as temporary, open(temporary, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for probability, label in self._predictions(network):
+                label = label.where(probability >= thresholds[label], IGNORED)
+                file.write(label.to(torch.uint8).numpy().tobytes())
 
     def read(self, number: int) -> NDArray[np.uint8]:
         """The pseudo-labels of a round, `(N, H, W)`; they stay on disk until they are indexed.

@@ -157,7 +157,7 @@ def begins_of(options: Options) -> tuple[int, ...]:
 SELF_TRAINING = StrategyEntry(
     paper="W. Bai et al.: Semi-supervised learning for network-based cardiac MR image segmentation. MICCAI 2017.",
     summary="label the unlabelled volumes with the network itself, train on both, repeat",
-    version=1,
+    version=2,  # 2: pseudo-labels in the precision that is trained in
     options=Options,
     make=SelfTraining,
     uses_unlabelled=True,
