@@ -19,7 +19,7 @@ from benchmarks.passes import measured, stepping
 from benchmarks.step import make_store
 from glocal.data.sampling import Pool
 from glocal.data.store import Store
-from glocal.devices import precision_of
+from glocal.devices import fabric_for, precision_of
 from glocal.experiments.recipe import read_recipe
 from glocal.finetuning.base import FinetuningOptions, Strategy
 from glocal.finetuning.registry import STRATEGIES, finetuning_options, strategy_named
@@ -94,11 +94,16 @@ def row(name: str, make: Callable[[], Strategy], steps: range, reference: Callab
 
 def labelling(learner: SelfTraining) -> Row:
     """Labelling all unlabelled slices, as at the beginning of each round."""
-    o, count = learner.options, len(learner.unlabelled)
-    work = partial(learner.label, 1)
+    o, count, cpu = learner.options, len(learner.unlabelled), torch.device("cpu")
+    fabric = fabric_for(cpu, o.precision)
+
+    def work() -> None:
+        with fabric.autocast():
+            learner.label(1)
+
     low, middle = take_turns({"labelling": work}, seconds=12)["labelling"]
     times = (low * 1e3, middle * 1e3)
-    note = f"float32; {times[0] / count:.3g} ms a slice, once in each of {o.rounds} rounds"
+    note = f"{precision_of(cpu, o.precision)}; {times[0] / count:.3g} ms a slice, once in each of {o.rounds} rounds"
     return Row(f"self-training, labelling {count} slices", "ms", times, note=note)
 
 

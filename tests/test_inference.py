@@ -218,12 +218,13 @@ def test_a_volume_restored_slice_by_slice_gives_the_same_files(
     assert np.allclose(first_kept.astype(np.float32), second_kept.astype(np.float32), atol=1e-3)
 
 
-def test_files_are_grouped_into_cases(tmp_path: Path) -> None:
+def test_files_are_grouped_into_cases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = touch(
         tmp_path / "two", "b_0000.nii.gz", "b_0001.nii.gz", "a_0001.mha", "a_0000.mha", "notes.txt", "._a.nii"
     )
     (folder / "masks").mkdir()
     inputs = list_inputs(folder, 2)
+    assert "Not searched for images: masks." in capsys.readouterr().err
     assert [(case.name, [file.name for file in case.files], case.target) for case in inputs] == [
         ("a", ["a_0000.mha", "a_0001.mha"], "a.mha"),
         ("b", ["b_0000.nii.gz", "b_0001.nii.gz"], "b.nii.gz"),

@@ -37,6 +37,16 @@ def test_it_follows_by_the_momentum_and_takes_running_statistics_over() -> None:
         assert mine.equal(theirs)
 
 
+@pytest.mark.parametrize("gathers", [False, True])
+def test_what_it_is_shown_leaves_its_statistics_alone_unless_it_gathers_them(gathers: bool) -> None:
+    students = modules()
+    teacher = Teacher(*students, gathers=gathers)
+    before = teacher[0][1].running_mean.clone()
+    teacher[0].train()(torch.randn(4, 1, 5, 5) + 3)
+    assert before.equal(teacher[0][1].running_mean) != gathers
+    assert students[0][1].momentum == 0.1
+
+
 def test_momentum_rises_to_one() -> None:
     values = [rising(0.996, step, 100) for step in range(101)]
     assert values[0] == pytest.approx(0.996)

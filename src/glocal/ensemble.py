@@ -161,7 +161,8 @@ class Models:
         if self.temperature is None:
             return (
                 "Probabilities are uncalibrated, because no validation volume was kept in the fine-tuning "
-                "(validation=1): uncertainty compares cases with each other, it is no chance of an error."
+                "(validation=1, in a run finetune.validation=1): uncertainty compares cases with each other, it is no "
+                "chance of an error."
             )
         volumes = [header.provenance["calibration"]["volumes"] for header in self.headers]
         return (

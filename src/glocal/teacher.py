@@ -15,9 +15,20 @@ class Teacher(nn.ModuleList):
     then that of the checkpoint, so that a run continues exactly.
     """
 
-    def __init__(self, *students: nn.Module) -> None:
+    def __init__(self, *students: nn.Module, gathers: bool = False) -> None:
+        """Copy modules.
+
+        Args:
+            students: the modules.
+            gathers: the copies' batch norms gather running statistics of what they are shown; else they have the
+                students', whatever they are shown.
+        """
         super().__init__(deepcopy(student) for student in students)
         self.requires_grad_(False)
+        if not gathers:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+                    module.momentum = 0.0
 
     @torch.no_grad()
     def follow(self, students: Sequence[nn.Module], momentum: float, statistics: bool = True) -> None:
@@ -26,7 +37,7 @@ class Teacher(nn.ModuleList):
         Args:
             students: the modules that were copied, in that order.
             momentum: μ in [0, 1]; 1 stays where it is.
-            statistics: running statistics of batch norm are taken over as they are; else the copy gathers its own.
+            statistics: running statistics of batch norm are taken over as they are; else the copy keeps its own.
         """
         for mine, theirs in zip(self, students, strict=True):
             weights = [(p, q.detach()) for p, q in zip(mine.parameters(), theirs.parameters(), strict=True)]

@@ -162,7 +162,12 @@ def test_network_and_iterations_follow_size_and_machine(tmp_path: Path, write: W
         "gcl": {"method": "gcl", "volumes": 2, "max_iterations": pretraining},  # there are only two volumes
         "pcl": {"method": "pcl", "max_iterations": 3},
     }
-    assert result["finetune"] == {"labels": 2, "max_iterations": finetuning}
+    assert result["finetune"] == {
+        "labels": 2,
+        "max_iterations": finetuning,
+        "strategy": "self-training",
+        "tta": True,
+    }
     assert result["protocol"] == {"draws": 2}
     assert settings["preprocess"] == {"auto": True}
     assert derived(result) == result
@@ -172,10 +177,10 @@ def test_without_spacing_labelled_slices_are_seen_at_more_scales(tmp_path: Path,
     write("a", (4, 48, 40), (1.0, 1.0, 8.0))
 
     def finetune(given: dict[str, Any], **preprocess: Any) -> dict[str, Any]:
-        part = {"auto": True, "max_iterations": 5, **given}
+        part = {"auto": True, "max_iterations": 5, "strategy": "supervised", **given}
         found = derived({"data": tmp_path, "preprocess": {"auto": True, **preprocess}, "finetune": part})["finetune"]
         assert finetuning_options(found).max_iterations == 5
-        return {key: value for key, value in found.items() if key != "max_iterations"}
+        return {key: value for key, value in found.items() if key not in ("max_iterations", "strategy")}
 
     wide = {"augmentation": {"spatial": {"scale": [0.5, 2]}}}
     assert finetune({}) == finetune({}, spacing_known=True) == {}
@@ -184,6 +189,25 @@ def test_without_spacing_labelled_slices_are_seen_at_more_scales(tmp_path: Path,
     assert finetune(own, spacing_known=False) == merged(wide, own)
     for given in ({"augmentation": "none"}, {"augmentation": {"spatial": {"scale": [1, 1]}}}):
         assert finetune(given, spacing_known=False) == given
+
+
+def test_what_has_no_labels_is_learnt_from_too(raw: Path, write_dataset: Any, tmp_path: Path) -> None:
+    """One of the six cases of `raw` has no label map."""
+
+    def strategy(data: Path, **given: Any) -> tuple[str, bool | None]:
+        settings = {"data": data, "preprocess": {"size": [32, 32]}, "finetune": {"auto": True, **given}}
+        found = derived(settings)["finetune"]
+        assert finetuning_options(found).strategy == found["strategy"]
+        return found["strategy"], found.get("tta")
+
+    assert strategy(raw, labels="all") == strategy(raw) == strategy(raw, labels=[1, "all"]) == ("self-training", True)
+    assert strategy(raw, tta=False) == ("self-training", False)
+    for still in ("none", {"spatial": "none"}):
+        assert strategy(raw, augmentation=still) == ("self-training", None)
+    assert strategy(raw, strategy="mixup") == ("mixup", None)
+    labelled = write_dataset(tmp_path / "labelled", {"a": 5, "b": 6, "c": 5}, ["a", "b", "c"])
+    assert strategy(labelled, labels="all") == strategy(labelled, labels=["all"]) == ("supervised", None)
+    assert strategy(labelled, labels=2) == ("self-training", True)
 
 
 @pytest.mark.parametrize(

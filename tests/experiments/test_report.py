@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 import yaml
 
-from glocal.data.split import ProtocolOptions
+from glocal.data.plan import PreprocessOptions
+from glocal.data.preprocess import preprocess
+from glocal.data.split import ProtocolOptions, Split
 from glocal.experiments.probed import all_probed, probed, verdict
 from glocal.experiments.report import _budget, _lead, report
 from glocal.experiments.run import run
 from glocal.files import read_json, write_json
+from glocal.finetuning.finetune import finetune
+from glocal.finetuning.measure import evaluation_of
 from glocal.finetuning.registry import STRATEGIES
 from glocal.model import read_header
 from glocal.networks.registry import NETWORKS
@@ -69,6 +73,21 @@ def test_a_run_with_all_labels_has_its_table_and_its_report(raw: Path, tmp_path:
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "random/labels-1-draw-0" in page  # the training that is shown is one of the smallest budget
     assert "Dice, random, all labelled" in page
+
+
+def test_names_that_look_like_numbers_stay_names(
+    write_dataset: Any, preprocessing: PreprocessOptions, cheap: dict[str, Any], tmp_path: Path
+) -> None:
+    raw = write_dataset(tmp_path / "raw", dict.fromkeys(("001", "002", "007"), 5), ["001", "002", "007"])
+    description = read_json(raw / "dataset.json")
+    write_json(raw / "dataset.json", {**description, "labels": {"background": 0, "1": 1, "2": 2}})
+    store = preprocess(raw, tmp_path / "store", preprocessing, workers=1)
+    split = Split(0, ("001", "002"), (), ("007",))
+    finetune(store, tmp_path / "run", {**cheap, "labels": 1, "max_iterations": 1, "batch": 2}, split=split)
+    frame = evaluation_of(tmp_path / "run", "test")
+    assert (set(frame["case"]), set(frame["class"])) == ({"007"}, {"1", "2"})
+    page = report(tmp_path / "run").read_text(encoding="utf-8")
+    assert "Best case: 007" in page
 
 
 def test_reports_say_what_to_cite_each_paper_once(pretrained: Path, finetuned: Path, tmp_path: Path) -> None:

@@ -413,6 +413,14 @@ def test_the_demonstration_is_the_phantom_s_recipe(tmp_path: Path, monkeypatch: 
     assert ran == [["phantom-small", f"data={tmp_path / 'phantom'}", f"out={tmp_path / 'run'}"]] * 2
 
 
+def test_who_asks_for_development_subjects_must_have_some(recipe: str, write_dataset: Any, tmp_path: Path) -> None:
+    raw = write_dataset(tmp_path / "raw", {"a": 5, "b": 6, "c": 5}, ["a", "b", "c"])
+    words = [f"data={raw}", f"out={tmp_path / 'run'}", "protocol.evaluate=development"]
+    with pytest.raises(GlocalError, match=r"no labelled development subject.*split\.json of the dataset\.$"):
+        run(recipe, words)
+    assert not (tmp_path / "run").exists()
+
+
 def test_single_steps_from_words(recipe: str, raw: Path, tmp_path: Path) -> None:
     store = preprocess_with(raw, tmp_path / "store", recipe, ["size=[16,24]", "intensity=zscore"], 1)
     assert (store.plan.options.size, store.plan.options.intensity) == ((16, 24), "zscore")

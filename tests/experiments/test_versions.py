@@ -65,12 +65,12 @@ cps 6: [6.6349, 6.6297]
 cross-consistency 6: [7.0564, 6.7122]
 mc-net 6: [4.6089, 4.482]
 adversarial 6: [2.8719, 2.7997]
-mean-teacher 6: [2.2048, 3.4804]
-uncertainty-mean-teacher 7: [3.3808, 3.4708]
-ict 6: [2.9675, 2.7516]
+mean-teacher 7: [2.2048, 3.4804]
+uncertainty-mean-teacher 8: [3.3808, 3.4708]
+ict 7: [2.9675, 2.7516]
 fixmatch 6: [2.843, 2.6475]
 unimatch 6: [1.2958, 1.297]
-bcp 6: [4.4621, 7.4144]
+bcp 7: [4.4621, 7.4144]
 mixup 6: [2.1978, 2.1963]
 self-training 7: [2.2358, 3.855]
 supervised 6: [2.183, 2.0316]
@@ -198,18 +198,18 @@ adversarial 1: {gradient_clip: 0.0, strategy: adversarial, network: {}, labels: 
   batch: 10, loss: dice+ce, evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy:
   0.1, shift: 0.15, elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}},
   unlabelled_batch: 10, weight: 0.1, ramp_up: 0.4, discriminator_rate: 0.0001, width: 64, dropout: 0.5}
-mean-teacher 1: {gradient_clip: 0.0, strategy: mean-teacher, network: {}, labels: 2, validation: 0, draw: 0, batch:
+mean-teacher 2: {gradient_clip: 0.0, strategy: mean-teacher, network: {}, labels: 2, validation: 0, draw: 0, batch:
   10, loss: dice+ce, evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1,
   shift: 0.15, elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}},
   unlabelled_batch: 10, weight: 0.1, ramp_up: 0.4, start: 0.03333333333333333, momentum: 0.99,
   statistics: copied, noise: 0.1, noise_limit: 0.2, predict: student}
-uncertainty-mean-teacher 2: {gradient_clip: 0.0, strategy: uncertainty-mean-teacher, network: {}, labels: 2,
+uncertainty-mean-teacher 3: {gradient_clip: 0.0, strategy: uncertainty-mean-teacher, network: {}, labels: 2,
   validation: 0, draw: 0, batch: 10, loss: dice+ce, evaluate_every: 50, augmentation: {spatial: {rotation: 30.0,
   scale: [0.8, 1.3], anisotropy: 0.1, shift: 0.15, elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma:
   [0.7, 1.5], noise: 0.05}}, unlabelled_batch: 10, weight: 0.1, ramp_up: 0.4, momentum: 0.99,
   statistics: copied, noise: 0.1, noise_limit: 0.2, passes: 8, passes_at_once: 2, dropout: 0.1, classes: all, predict:
   student}
-ict 1: {gradient_clip: 0.0, strategy: ict, network: {}, labels: 2, validation: 0, draw: 0, batch: 10, loss: dice+ce,
+ict 2: {gradient_clip: 0.0, strategy: ict, network: {}, labels: 2, validation: 0, draw: 0, batch: 10, loss: dice+ce,
   evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1, shift: 0.15,
   elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}}, unlabelled_batch: 10,
   weight: 0.1, ramp_up: 0.4, alpha: 0.2, momentum: 0.99, statistics: copied, predict: student}
@@ -225,7 +225,7 @@ unimatch 1: {gradient_clip: 0.0, strategy: unimatch, network: {}, labels: 2, val
   10, weight: 1.0, ramp_up: 0.0, threshold: 0.95, mu: 0.5, lambda_fp: 0.5, dropout: 0.5, weak:
   {spatial: {rotation: 20.0, scale: [0.9, 1.1], shift: 0.05}, intensity: {brightness: 0.05, contrast: 0.1}}, strong:
   {brightness: 0.3, contrast: 0.5, gamma: [0.5, 2.0], blur: 2.0, probability: 0.8}, cutmix: 0.5}
-bcp 1: {gradient_clip: 0.0, strategy: bcp, network: {}, labels: 2, validation: 0, draw: 0, batch: 10, loss: dice+ce,
+bcp 2: {gradient_clip: 0.0, strategy: bcp, network: {}, labels: 2, validation: 0, draw: 0, batch: 10, loss: dice+ce,
   evaluate_every: 50, augmentation: {spatial: {rotation: 30.0, scale: [0.8, 1.3], anisotropy: 0.1, shift: 0.15,
   elastic: 2.5}, intensity: {brightness: 0.2, contrast: 0.3, gamma: [0.7, 1.5], noise: 0.05}}, unlabelled_batch: 10,
   weight: 0.5, ramp_up: 0.0, pretraining: 0.25, beta: 0.6666666666666666, place: random, largest:

@@ -77,13 +77,16 @@ class StrategyChecks:
 
     enough = 0.85
 
+    @pytest.mark.parametrize("mixed", [False, True])  # autocast must not keep weights of a pass without gradient
     def test_the_gradient_reaches_all_trained_weights(
-        self, settings: dict[str, Any], store: Store, tmp_path: Path
+        self, settings: dict[str, Any], store: Store, tmp_path: Path, mixed: bool
     ) -> None:
         learner = self.make(settings, store, tmp_path)
         reached = {name: 0.0 for name, p in learner.named_parameters() if p.requires_grad and p.ndim > 1}
         for step in range(self.steps):
-            learner(step)["loss"].backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                loss = learner(step)["loss"]
+            loss.backward()
             for name, parameter in learner.named_parameters():
                 assert parameter.requires_grad or parameter.grad is None, name
                 if name in reached and parameter.grad is not None:

@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,29 @@ def test_the_teacher_begins_as_what_came_of_the_first_phase(make: Any) -> None:
         learner(step)
         values.append(float(next(learner.teacher.parameters()).flatten()[0]))
     assert values[1:] == pytest.approx([1, 2, 0.75 * 2 + 0.25 * 3, 0.75 * 2.25 + 0.25 * 4])
+
+
+@pytest.mark.parametrize("statistics", ["copied", "own"])
+def test_until_then_it_has_the_network_s_statistics(make: Any, statistics: str) -> None:
+    learner = make(statistics=statistics)
+    name = "encoder.0.0.norm.running_mean"
+    for step in range(learner.first + 1):
+        mean = learner.network.get_buffer(name).clone()
+        learner(step)
+    own = learner.teacher[0].get_buffer(name)
+    assert mean.equal(own) == (statistics == "copied")  # in the last step it was shown slices
+    assert not torch.allclose(own, torch.zeros_like(own))
+    learner(step + 1)
+    assert learner.teacher[0].get_buffer(name).equal(mean) is False
+
+
+def test_the_weight_rises_from_the_second_phase_on(make: Any) -> None:
+    learner = make(max_iterations=40, ramp_up=0.5, weight=0.3)
+    assert learner.first == 10
+    values = [learner.consistency_weight(step) for step in range(10, 40)]
+    assert values[0] == pytest.approx(0.3 * math.exp(-5))
+    assert values[15:] == [0.3] * 15
+    assert values[:15] == sorted(values[:15])
 
 
 def test_each_phase_has_a_schedule_of_its_own(make: Any) -> None:

@@ -155,10 +155,16 @@ def test_they_may_be_the_mean_of_moved_views(make: Any, store: Store) -> None:
     assert not labels.equal(predicted(learner, store)[1])
 
 
-def test_moved_views_of_slices_that_never_move_are_refused() -> None:
-    settings = {"strategy": "self-training", "tta": True, "augmentation": {"spatial": "none"}}
-    with pytest.raises(GlocalError, match="tta=true, but slices are never turned"):
-        finetuning_options(settings)
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"tta": True, "augmentation": {"spatial": "none"}}, "tta=true, but slices are never turned"),
+        ({"class_balanced": 0.5}, "confidence=0 leaves out none: give confidence, too"),
+    ],
+)
+def test_what_would_change_nothing_is_refused(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(GlocalError, match=sentence):
+        finetuning_options({"strategy": "self-training", **settings})
 
 
 def test_uncertain_pixels_are_ignored(make: Any, store: Store) -> None:

@@ -98,4 +98,4 @@ def test_unsure_pixels_do_not_count(make: Any, monkeypatch: pytest.MonkeyPatch, 
 
 def test_the_reference_has_the_code_s_factors() -> None:
     options: Any = finetuning_options({"strategy": "uncertainty-mean-teacher", "preset": "reference"})
-    assert (options.passes, options.classes, options.statistics, options.dropout) == (8, "two", "own", 0)
+    assert (options.passes, options.classes, options.statistics, options.dropout) == (8, "two", "own", 0.1)

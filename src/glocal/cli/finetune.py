@@ -35,15 +35,14 @@ def finetune(
 
         typer.echo(Transfer(**read_json(run / "transfer.json")).sentence())
     for measured, cases in manifest_of(run)["evaluated"].items():
-        from glocal.finetuning.measure import evaluation_file, subjects_of, with_tta
+        from glocal.finetuning.measure import evaluation_of, subjects_of, with_tta
 
         if cases:
-            import pandas as pd
             from rich.console import Console
 
             from glocal.cli.evaluate import class_table
 
-            frame = pd.read_csv(evaluation_file(run, measured))
+            frame = evaluation_of(run, measured)
             typer.echo(f"Measured on {subjects_of(measured)} subjects{with_tta(measured)}:")
             Console().print(class_table(frame[frame["checkpoint"] == "last"]))
         elif subjects_of(measured) == "test":

@@ -4,9 +4,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from glocal.data.dataset import some
 from glocal.data.dicom import dicom_series
 from glocal.data.image import FILE_ENDINGS, file_ending, is_volume_file
 from glocal.errors import GlocalError
+from glocal.progress import console
 
 # A mask is one file: these headers have their voxels in a second one, their formats have an ending that has not.
 _IN_ONE_FILE = {".mhd": ".mha", ".nhdr": ".nrrd"}
@@ -29,7 +31,7 @@ class Input:
 def list_inputs(images: Path, channels: int) -> list[Input]:
     """The cases in a folder: image files (`CASE_0000...` per channel, or any name with one channel), DICOM folders.
 
-    Folders without a DICOM series are passed over, for example one that holds the masks.
+    Folders without a DICOM series are passed over, for example one that holds the masks, and named on the screen.
 
     Raises:
         GlocalError: nothing to read, a missing channel, or two cases of one name.
@@ -38,8 +40,9 @@ def list_inputs(images: Path, channels: int) -> list[Input]:
         raise GlocalError(f"{images} does not exist: give a folder of images, or one image file.")
     files = [images] if images.is_file() else sorted(p for p in images.iterdir() if not p.name.startswith("."))
     cases: dict[str, dict[int, Path]] = {}
+    passed = [path for path in files if path.is_dir() and not dicom_series(path)]
     for path in files:
-        if dicom_series(path) if path.is_dir() else is_volume_file(path):
+        if path not in passed and (path.is_dir() or is_volume_file(path)):
             stem = path.name if path.is_dir() else path.name.removesuffix(file_ending(path))
             match = re.fullmatch(r"(.+)_(\d{4})", stem)
             name, channel = (match[1], int(match[2])) if match else (stem, 0)
@@ -49,7 +52,12 @@ def list_inputs(images: Path, channels: int) -> list[Input]:
     if not cases and images.is_dir() and dicom_series(images):
         cases = {images.resolve().name: {0: images}}  # the folder may be one DICOM series itself
     if not cases:
-        raise GlocalError(f"{images} holds no image (files ending in {', '.join(FILE_ENDINGS)}, or DICOM folders).")
+        raise GlocalError(
+            f"{images} holds no image (files ending in {', '.join(FILE_ENDINGS)}, or folders of one DICOM series each; "
+            "folders within these are not searched)."
+        )
+    if passed:
+        console.print(f"Not searched for images: {some([path.name for path in passed])}.", markup=False)
     if channels == 1:  # scan_0001 and scan_0002 are two scans then, unless there is a scan_0000
         for name in [name for name, found in cases.items() if 0 not in found]:
             cases |= {f"{name}_{number:04d}": {0: path} for number, path in cases.pop(name).items()}

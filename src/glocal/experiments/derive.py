@@ -18,11 +18,12 @@ from glocal.data.split import ProtocolOptions, make_split
 from glocal.errors import GlocalError
 from glocal.networks.registry import network_options
 from glocal.options import merged, validated
+from glocal.runs import flatten
 
 LARGEST_SIDE = {"cpu": 128, "cuda": 256}
 SMALLEST_BOTTLENECK = 5
 # Iterations of pre-training (each stage) and fine-tuning: minutes on two cores, the papers' on a GPU.
-ITERATIONS = {"cpu": (1500, 1000), "cuda": (10_000, 10_000)}
+ITERATIONS = {"cpu": (1500, 2000), "cuda": (10_000, 10_000)}
 UNKNOWN_SCALE = [0.5, 2]  # of labelled slices, where nothing says how wide a pixel is
 
 
@@ -47,7 +48,8 @@ def derived(settings: Mapping[str, Any]) -> dict[str, Any]:
         return result
     if "data" not in settings:
         raise GlocalError("This recipe is derived from the data: say which with data=DATASET.")
-    dataset = _without_closed_labels(read_dataset(Path(str(settings["data"]))), settings)
+    whole = read_dataset(Path(str(settings["data"])))
+    dataset = _without_closed_labels(whole, settings)
     where = "cuda" if torch.cuda.is_available() and str(settings.get("device", "auto")) != "cpu" else "cpu"
     if "preprocess" in parts:
         result["preprocess"] = _preprocess(dataset, _checked(result["preprocess"]), LARGEST_SIDE[where])
@@ -65,7 +67,17 @@ def derived(settings: Mapping[str, Any]) -> dict[str, Any]:
     if "finetune" in parts:
         views = {} if preprocess.spacing_known else {"augmentation": {"spatial": {"scale": UNKNOWN_SCALE}}}
         result["finetune"] = merged({"max_iterations": finetuning} | views, result["finetune"])
+        result["finetune"] |= _strategy(whole, result["finetune"])
     return result
+
+
+def _strategy(dataset: Dataset, part: Mapping[str, Any]) -> dict[str, Any]:
+    """Self-training where there is something to learn from, with pseudo-labels from moved views where slices move."""
+    unlabelled = part.get("labels") not in ("all", ["all"]) or any(case.label is None for case in dataset.cases)
+    strategy = part.get("strategy", "self-training" if unlabelled else "supervised")
+    still = any(flatten(dict(part)).get(key) == "none" for key in ("augmentation", "augmentation.spatial"))
+    tta = {"tta": True} if strategy == "self-training" and "tta" not in part and not still else {}
+    return {"strategy": strategy} | tta
 
 
 def _without_closed_labels(dataset: Dataset, settings: Mapping[str, Any]) -> Dataset:

@@ -24,7 +24,7 @@ from glocal.experiments.sections import (
 )
 from glocal.experiments.tables import HEADINGS, budget_size, caption, collect_results, paired, read_table, scores
 from glocal.files import read_json
-from glocal.finetuning.measure import evaluation_file, subjects_of, with_tta
+from glocal.finetuning.measure import evaluation_of, subjects_of, with_tta
 from glocal.model import read_header
 from glocal.reporting.figures import paired_differences
 from glocal.reporting.html import Picture, Report, Section, Table, papers, write_report
@@ -90,7 +90,7 @@ def _of_finetuning(run: Path) -> Report:
     found: list[Section] = []
     for what, cases in sorted(manifest["evaluated"].items(), reverse=True):  # test subjects first
         if cases:
-            last = pd.read_csv(evaluation_file(run, what)).query("checkpoint == 'last'")
+            last = evaluation_of(run, what).query("checkpoint == 'last'")
             dice, whose, how = last.groupby("case")["dice"].mean().mean(), subjects_of(what), with_tta(what)
             figures.append((f"mean Dice of {count(cases, f'{whose} case')}{how}", f"{dice:.3f}"))
             for section in (*measured(last), *best_and_worst(run, last, what)):
@@ -125,7 +125,7 @@ def _of_run(run: Path) -> Report:
         sections.append(_comparison(run, results))
         best = _shown_training(run, results)
         what = ProtocolOptions.model_validate(settings["protocol"]).measured
-        frame = pd.read_csv(evaluation_file(best, what))
+        frame = evaluation_of(best, what)
         frame = frame[frame["checkpoint"] == "last"]
         shown = f"Of the best contender, the training with the median Dice: {best.relative_to(run / 'finetune')}."
         for section in (*measured(frame), *best_and_worst(best, frame, what)):

@@ -8,7 +8,7 @@ import pandas as pd
 from glocal.errors import GlocalError
 from glocal.experiments.layout import TableOptions
 from glocal.experiments.plan import Training
-from glocal.finetuning.measure import evaluation_file
+from glocal.finetuning.measure import evaluation_file, evaluation_of
 
 
 def collect(trainings: Sequence[Training]) -> pd.DataFrame:
@@ -21,14 +21,11 @@ def collect(trainings: Sequence[Training]) -> pd.DataFrame:
     frames = []
     for training in trainings:
         job = training.job
-        path = evaluation_file(job.folder, job.measured)
-        if not job.done() or not path.exists():
+        if not job.done() or not evaluation_file(job.folder, job.measured).exists():
             continue
         validation = job.arguments["settings"].get("validation", 0)
         facts = {**training.place, "validation": validation, "run": str(job.folder)}
-        text = {"subject": str, "case": str, "class": str}
-        frame = pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])  # a subject may be called NA
-        frames.append(frame.assign(**facts))
+        frames.append(evaluation_of(job.folder, job.measured).assign(**facts))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 

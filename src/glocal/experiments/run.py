@@ -27,6 +27,7 @@ from glocal.experiments.trainings import (
     finetuning_job,
     pretraining_job,
     refuse_impossible_draws,
+    refuse_unmeasured,
     splits_of,
     uses_labels,
 )
@@ -76,6 +77,8 @@ def run_recipe(recipe: Recipe, workers: int | None = None) -> Path:
     out = recipe.out
     dataset = read_dataset(recipe.data)
     refuse_impossible_draws(recipe, dataset.members, dataset.split)
+    if recipe.protocol.evaluate == "development":  # who names them wants to measure; test subjects one may do without
+        refuse_unmeasured(recipe, dataset.members, dataset.split)
     runs.begin(out, "run", recipe.model_dump(mode="json", exclude={"out"}))
     with runs.held(out):
         _whole_road(recipe, workers)

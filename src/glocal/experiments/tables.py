@@ -10,7 +10,7 @@ from glocal import runs
 from glocal.data.split import ProtocolOptions
 from glocal.errors import GlocalError
 from glocal.files import read_json, replacing, write_text
-from glocal.finetuning.measure import evaluation_file
+from glocal.finetuning.measure import evaluation_file, evaluation_of
 
 KEYS = ["split", "contender", "labels", "draw", "checkpoint"]
 
@@ -24,15 +24,16 @@ def collect_results(out: Path) -> pd.DataFrame:
     frames = []
     recipe = runs.settings_of(out)
     order = {name: place for place, name in enumerate(["random", *(recipe["compare"] or recipe["pretrain"])])}
-    measured = evaluation_file(Path("split-*/*/labels-*"), ProtocolOptions.model_validate(recipe["protocol"]).measured)
-    paths = sorted((out / "finetune").glob(str(measured)))
-    for path in sorted(paths, key=lambda path: order[path.parent.parent.name]):  # contenders as the recipe has them
-        settings, draw = runs.settings_of(path.parent), read_json(path.parent / "split.json")["draw"]
-        labels = settings["labels"]
-        frame = pd.read_csv(path)
+    measured = ProtocolOptions.model_validate(recipe["protocol"]).measured
+    trainings = sorted((out / "finetune").glob("split-*/*/labels-*"))
+    for run in sorted(trainings, key=lambda run: order[run.parent.name]):  # contenders as the recipe has them
+        if not evaluation_file(run, measured).exists():
+            continue
+        settings, draw = runs.settings_of(run), read_json(run / "split.json")["draw"]
+        labels, frame = settings["labels"], evaluation_of(run, measured)
         facts = {
             "split": settings["split"],
-            "contender": path.parent.parent.name,
+            "contender": run.parent.name,
             "labels": len(labels) if isinstance(labels, list) else labels,
             "validation": settings["validation"],
             "draw": draw["index"],

@@ -142,8 +142,8 @@ def refuse_unmeasured(recipe: Recipe, members: Sequence[Member], given: dict[str
     labelled, kind = {member.case for member in members if member.labelled}, recipe.protocol.evaluate
     for split in splits_of(recipe, members, given):
         if not labelled & set(split.test if kind == "test" else split.development):
+            others = ", or set protocol.folds, protocol.leave_one_out=true or, without split.json, protocol.test"
             raise GlocalError(
                 f"Split {split.index} has no labelled {kind} subject, so nothing would be measured: list some cases as "
-                f"`{kind}` in the split.json of the dataset, or set protocol.folds, protocol.leave_one_out=true or, "
-                "without split.json, protocol.test."
+                f"`{kind}` in the split.json of the dataset{others * (kind == 'test')}."
             )

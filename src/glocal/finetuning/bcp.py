@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from glocal.distributed import share, whole
-from glocal.finetuning.base import SSL4MIS, Ramp, ReferencePreset, SemiSupervisedOptions, Strategy, StrategyEntry
+from glocal.finetuning.base import SSL4MIS, ReferencePreset, SemiSupervisedOptions, Strategy, StrategyEntry, ramp_up
 from glocal.finetuning.consistency import Predictor, Statistics, chosen, paste, rectangles
 from glocal.networks.base import SegmentationNetwork
 from glocal.options import presets
@@ -27,12 +27,14 @@ class Options(SemiSupervisedOptions):
         {"reference": {**SSL4MIS, "weight": 0.5, "ramp_up": 0.0, "max_iterations": 40_000, "schedule": "constant"}}
     )
     batch: int = Field(10, ge=2, description="labelled slices per step: one half is pasted, one half gets pasted into")
-    unlabelled_batch: int = Field(10, ge=2, description="unlabelled slices per step, in two halves like the labelled")
+    unlabelled_batch: int = Field(
+        10, ge=2, description="unlabelled slices per step, in two halves like the labelled; the smaller batch decides"
+    )
     pretraining: float = Field(
         0.25, ge=0, lt=1, description="share of the training on labelled slices alone, pasted into each other"
     )
     weight: float = Field(0.5, ge=0, description="alpha: of unlabelled pixels; labelled ones have 1")
-    ramp_up: Ramp = 0.0
+    ramp_up: float = Field(0.0, ge=0, le=1, description="share of the second phase over which alpha rises to `weight`")
     beta: float = Field(2 / 3, gt=0, le=1, description="sides of the pasted rectangle, as a share of the image's")
     place: Literal["random", "centre"] = Field("random", description="where the rectangle lies")
     largest: bool = Field(True, description="of each class the teacher sees in a slice, only the largest piece counts")
@@ -47,7 +49,7 @@ class CopyPaste(Strategy):
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         o: Options = self.options
-        self.teacher = Teacher(self.network)
+        self.teacher = Teacher(self.network, gathers=self.options.statistics == "own")
         self.first = int(o.pretraining * o.max_iterations)
         self.rounds = (0, self.first) if self.first else (0,)
 
@@ -60,7 +62,8 @@ class CopyPaste(Strategy):
         """L_in + L_out, in the first phase the loss of labelled mixtures."""
         o: Options = self.options
         if step:  # until its first lesson the teacher is the student
-            self.teacher.follow([self.network], o.momentum if step > self.first else 0.0, o.statistics == "copied")
+            alone = step <= self.first
+            self.teacher.follow([self.network], 0.0 if alone else o.momentum, alone or o.statistics == "copied")
         images, labels, batch = self.labelled_batch(step)
         images, labels, n = whole(images, batch), whole(labels, batch), batch // 2
         if step < self.first:
@@ -91,6 +94,11 @@ class CopyPaste(Strategy):
         logits = whole(self.teacher[0](images), batch)
         labels = logits.argmax(1)
         return whole(images, batch), largest_pieces(labels, logits.shape[1]) if o.largest else labels
+
+    def consistency_weight(self, step: int) -> float:
+        """Weight of unlabelled pixels; it rises from the beginning of the second phase."""
+        o: Options = self.options
+        return o.weight * ramp_up(step - self.first, o.ramp_up * (o.max_iterations - self.first))
 
     def rectangles(self, count: int, images: Tensor, step: int) -> Tensor:
         """Where slices are pasted, `(count, H, W)` bool, on the images' device."""
@@ -130,7 +138,7 @@ BCP = StrategyEntry(
     paper="Y. Bai, D. Chen, Q. Li, W. Shen, Y. Wang: Bidirectional copy-paste for semi-supervised medical image "
     "segmentation. CVPR 2023.",
     summary="paste labelled slices into unlabelled ones and back; a slow copy of the network labels the latter",
-    version=1,
+    version=2,
     options=Options,
     make=CopyPaste,
     uses_unlabelled=True,

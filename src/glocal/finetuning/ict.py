@@ -36,7 +36,7 @@ class InterpolationConsistency(Strategy):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self.teacher = Teacher(self.network)
+        self.teacher = Teacher(self.network, gathers=self.options.statistics == "own")
 
     @property
     def predictor(self) -> SegmentationNetwork:
@@ -73,7 +73,7 @@ ICT = StrategyEntry(
     paper="V. Verma, A. Lamb, J. Kannala, Y. Bengio, D. Lopez-Paz: Interpolation consistency training for "
     "semi-supervised learning. IJCAI 2019.",
     summary="predict of two mixed unlabelled slices the mixture of what a slow copy predicts of them",
-    version=1,
+    version=2,
     options=Options,
     make=InterpolationConsistency,
     uses_unlabelled=True,

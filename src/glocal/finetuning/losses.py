@@ -14,8 +14,8 @@ SegmentationLoss = Callable[..., Tensor]
 def segmentation_loss(name: LossName) -> SegmentationLoss:
     """A loss of logits `(B, K, H, W)`, targets and, if given, weights.
 
-    Targets are label maps `(B, H, W)`, or probabilities `(B, K, H, W)` as mixup has them. Weights `(B, H, W)` in [0, 1]
-    say how much each pixel counts: those of weight 0 take no part at all.
+    Targets are label maps `(B, H, W)`, or probabilities `(B, K, H, W)` as mixup has them. Weights `(B, H, W)` of 1 and
+    0 say which pixels take part; cross-entropy takes any between, too.
 
     `dice`: 1 - mean over images and classes, background included, of 2 sum(pg) / (sum(p) + sum(g) + 1e-10)
     (Chaitanya et al. 2020, code). `ce`: cross-entropy. `dice+ce`: cross-entropy plus soft Dice of the foreground

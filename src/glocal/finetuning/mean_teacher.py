@@ -35,7 +35,7 @@ class MeanTeacher(Strategy):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self.teacher = Teacher(self.network)
+        self.teacher = Teacher(self.network, gathers=self.options.statistics == "own")
 
     @property
     def predictor(self) -> SegmentationNetwork:
@@ -68,7 +68,7 @@ MEAN_TEACHER = StrategyEntry(
     paper="A. Tarvainen, H. Valpola: Mean teachers are better role models: weight-averaged consistency targets improve "
     "semi-supervised deep learning results. NeurIPS 2017.",
     summary="predict of unlabelled slices what a slow copy of the network predicts of them with noise",
-    version=1,
+    version=2,
     options=Options,
     make=MeanTeacher,
     uses_unlabelled=True,

@@ -109,6 +109,15 @@ def evaluation_file(run: Path, measured: str) -> Path:
     return run / f"evaluation-{measured}.csv"
 
 
+def evaluation_of(run: Path, measured: str) -> "pd.DataFrame":
+    """What `evaluation_file` holds: one row per checkpoint, case and class, these and subjects as they are called."""
+    import pandas as pd
+
+    # A case may be called 007, a class 1 and a subject NA.
+    text = dict.fromkeys(("subject", "case", "class"), str)
+    return pd.read_csv(evaluation_file(run, measured), dtype=text, keep_default_na=False, na_values=[""])
+
+
 def predictions_folder(run: Path, measured: str, checkpoint: str = "last") -> Path:
     """Where the masks of the last or best checkpoint are; those with moved views lie apart."""
     return run / f"predictions{'-best' * (checkpoint == 'best')}{'-tta' * measured.endswith('-tta')}"

@@ -14,6 +14,7 @@ from torch import Tensor
 from glocal.data.sampling import Pool
 from glocal.distributed import first_decides, share, whole
 from glocal.ensemble import Ensemble
+from glocal.errors import GlocalError
 from glocal.finetuning.base import SemiSupervisedOptions, Strategy, StrategyEntry, ramp_up
 from glocal.finetuning.pseudo_labels import IGNORED, PseudoLabels
 from glocal.inference import folded
@@ -48,9 +49,14 @@ class Options(SemiSupervisedOptions):
     masks: bool = Field(True, description="at the end, write the last pseudo-labels as masks, to look at in a viewer")
 
     @model_validator(mode="after")
-    def _views_differ(self) -> "Options":
+    def _nothing_in_vain(self) -> "Options":
         if self.tta:
             refuse_still(self.augmentation.spatial, "tta=true")
+        if self.class_balanced and not self.confidence:
+            raise GlocalError(
+                f"class_balanced={self.class_balanced} keeps pixels that `confidence` would leave out, but "
+                "confidence=0 leaves out none: give confidence, too; with confidence=1 class_balanced alone decides."
+            )
         return self
 
 

@@ -23,7 +23,7 @@ class Options(SemiSupervisedOptions):
 
     strategy: Literal["uncertainty-mean-teacher"] = "uncertainty-mean-teacher"
     preset: ReferencePreset = "adopted"
-    _preset = presets({"reference": {**SSL4MIS, "statistics": "own", "classes": "two", "dropout": 0.0}})
+    _preset = presets({"reference": {**SSL4MIS, "statistics": "own", "classes": "two"}})
     weight: float = Field(0.1, ge=0, description="of what is learnt from unlabelled slices, after the ramp-up")
     momentum: float = Field(0.99, ge=0, le=1, description="alpha of the teacher; in the first steps 1 - 1 / step")
     statistics: Statistics = "copied"
@@ -45,7 +45,7 @@ class UncertaintyMeanTeacher(Strategy):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self.teacher = Teacher(self.network)
+        self.teacher = Teacher(self.network, gathers=self.options.statistics == "own")
 
     @property
     def predictor(self) -> SegmentationNetwork:
@@ -114,7 +114,7 @@ UNCERTAINTY_MEAN_TEACHER = StrategyEntry(
     paper="L. Yu, S. Wang, X. Li, C.-W. Fu, P.-A. Heng: Uncertainty-aware self-ensembling model for semi-supervised 3D "
     "left atrium segmentation. MICCAI 2019.",
     summary="predict of unlabelled slices what a slow copy of the network is sure of",
-    version=2,
+    version=3,
     options=Options,
     make=UncertaintyMeanTeacher,
     uses_unlabelled=True,
