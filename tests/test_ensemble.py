@@ -215,16 +215,16 @@ def test_calibration_of_several_models(model: Any, finetuned: Path) -> None:
     first = finetuned / "model.safetensors"
     found = read_header(first).provenance["temperature"]
     assert Models.load([first]).temperature == pytest.approx(found)
-    assert "fitted on 1 validation volume." in Models.load([first]).sentence()
+    assert "fitted on 1 validation volume." in Models.load([first]).sentence(several=False)
     second = model("hot")
     add_provenance(second, temperature=4 * found, calibration={"volumes": 3})
     both = Models.load([first, second])
     assert log(both.temperature or 0) == pytest.approx(log(2 * found))
-    assert "1 and 3 validation volumes" in both.sentence()
+    assert "1 and 3 validation volumes" in both.sentence(several=False)
     none = model("cold", provenance={"temperature": None, "calibration": None})
     for files in ([none], [first, none]):
         assert Models.load(files).temperature is None
-        assert "uncalibrated" in Models.load(files).sentence()
+        assert "uncalibrated" in Models.load(files).sentence(several=False)
 
 
 def test_facts_are_added_and_weights_stay(model: Any) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from glocal.data.store import Store
 from glocal.errors import GlocalError
-from glocal.model import Header, find_model, load_network, read_header, save_model, transfer
+from glocal.model import Header, digest_of_weights, find_model, load_network, read_header, save_model, transfer
 from glocal.networks.registry import build
 from glocal.networks.unet import UNetOptions
 
@@ -42,6 +42,24 @@ def test_weights_and_header_come_back_as_they_were(header: Header, tmp_path: Pat
     images = torch.rand(2, 1, 32, 32)
     torch.testing.assert_close(loaded(images), one(images))  # another order in memory rounds otherwise
     assert all(value.equal(one.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_a_digest_is_of_weights_alone(header: Header, tmp_path: Path) -> None:
+    weights = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones((), dtype=torch.bfloat16)}
+    later = header.model_copy(update={"provenance": {"finished": "later"}})
+    reordered = {"b": weights["b"], "a": weights["a"]}
+    others = (
+        {"a": weights["a"].view(3, 2), "b": weights["b"]},
+        {"c": weights["a"], "b": weights["b"]},
+        {**weights, "b": 2 * weights["b"]},
+    )
+    for number, (tensors, of) in enumerate(
+        [(weights, header), (reordered, later), *((other, header) for other in others)]
+    ):
+        save_model(tmp_path / str(number), tensors, of)
+    first, again, *rest = (digest_of_weights(tmp_path / str(number)) for number in range(5))
+    assert first == again
+    assert len({first, *rest}) == 4
 
 
 def test_transfer_copies_what_fits_and_tells_of_every_weight(header: Header, tmp_path: Path) -> None:

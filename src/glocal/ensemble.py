@@ -156,8 +156,8 @@ class Models:
         """What to cite for what they predict."""
         return list(dict.fromkeys(paper for header in self.headers for paper in header.papers))
 
-    def sentence(self) -> str:
-        """Whether probabilities are calibrated, in words."""
+    def sentence(self, several: bool) -> str:
+        """Whether probabilities are calibrated, in words; `several` of them may be averaged."""
         if self.temperature is None:
             return (
                 "Probabilities are uncalibrated, because no validation volume was kept in the fine-tuning "
@@ -167,7 +167,8 @@ class Models:
         volumes = [header.provenance["calibration"]["volumes"] for header in self.headers]
         return (
             f"Probabilities are calibrated by a temperature of {self.temperature:.2f}, fitted on "
-            f"{' and '.join(map(str, volumes))} validation volume{'s' * (volumes != [1])}."
+            f"{' and '.join(map(str, volumes))} validation volume{'s' * (volumes != [1])}"
+            f"{': to single predictions, and a mean of several is softer already' * several}."
         )
 
     def variation(self, tta: bool, passes: int, every_decoder: bool) -> Variation:

@@ -127,7 +127,11 @@ def predict(
     plan, maps = models.headers[0].plan, Maps(probabilities, uncertainty, models.temperature)
     inputs = list_inputs(images, plan.channels)
     record = _record(out, models, vary.options, inputs, overwrite)
-    record |= {"summary": vary.sentence(uncertainty), "calibration": models.sentence(), "temperature": maps.temperature}
+    record |= {
+        "summary": vary.sentence(uncertainty),
+        "calibration": models.sentence(vary.several),
+        "temperature": maps.temperature,
+    }
     record["papers"] = models.papers
     write_json(out / "predictions.json", record)
     for case in track(inputs, "Predicting", len(inputs)):

@@ -1,11 +1,13 @@
 """The model file: weights, and in its header all that prediction and an auditor need. No pickle is ever loaded."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -106,6 +108,15 @@ def read_header(path: Path) -> Header:
             return Header.model_validate(json.loads(file.metadata()["glocal"]))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, ValidationError) as error:
         raise GlocalError(f"{path} is not a model file of glocal, or it is damaged: copy it again.") from error
+
+
+def digest_of_weights(path: Path) -> str:
+    """SHA-256 of a model file's weights and their names alone: equal for trainings that were done twice alike."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(load_file(str(path)).items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def transfer(network: nn.Module, path: Path) -> Transfer:

@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 from glocal import runs
@@ -28,6 +30,7 @@ from glocal.experiments.estimate import estimate
 from glocal.experiments.executors import Here
 from glocal.experiments.experiment import duration, experiment
 from glocal.experiments.jobs import Job
+from glocal.experiments.layout import TableOptions
 from glocal.experiments.page import write_results
 from glocal.experiments.plan import jobs_of, plan, store_folder
 from glocal.files import read_json, write_json, write_text
@@ -52,8 +55,7 @@ def _short() -> Iterator[None]:
     """Reports of single trainings have their own tests, and a step need not be measured well."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "report", lambda run: write_text(run / "report.html", "a report"))
-        patch.setattr(measuring, "FEW", 1)
-        patch.setattr(measuring, "MORE", 2)
+        patch.setattr(measuring, "ITERATIONS", 2)
         yield
 
 
@@ -276,7 +278,7 @@ def test_an_interrupted_experiment_continues(
 
     def stopping(**arguments: Any) -> Path:
         calls.append(arguments["run"])
-        if len(calls) == 3 + 2:  # the measurement is three trainings
+        if len(calls) == 1 + 2:  # the measurement is one training
             raise KeyboardInterrupt
         return finetune(**arguments)
 
@@ -310,7 +312,7 @@ def test_two_experiments_at_the_same_time_share_trainings(recipe: str, raw: Path
         "from glocal.files import write_text\n"
         "from glocal.finetuning import finetune\n"
         "from glocal.pretraining import pretrain\n"
-        "estimate.FEW, estimate.MORE, jobs.REST_SECONDS, jobs.LOOK_SECONDS = 1, 2, 0.1, 0.1\n"
+        "estimate.ITERATIONS, jobs.REST_SECONDS, jobs.LOOK_SECONDS = 2, 0.1, 0.1\n"
         "plan.report = lambda run: write_text(run / 'report.html', 'a report')\n"
         "def noted(work, place):\n"
         "    def wrapper(*arguments):\n"
@@ -546,6 +548,26 @@ def test_what_is_missing_is_said(recipe: str, raw: Path, tmp_path: Path, monkeyp
     assert not (tmp_path / "out").exists()
 
 
+def test_a_table_of_what_nothing_measured_takes_no_other_with_it(out: Path, recipe: str, raw: Path) -> None:
+    design = read_experiment(recipe, [f"data={raw}", f"out={out}", "name=holes"])
+    folder = store_folder(design.out, design.variants[0].recipe)
+    stores = {folder: Store.open(folder)}
+    best = TableOptions(rows=("contender",), columns=("labels",), checkpoint="best")  # there is no validation volume
+    design = replace(design, tables={"best": best, **design.tables})
+    page = write_results(design, plan(design.variants, stores, design.out), [], stores)
+    assert (design.folder / "table-dice.md").exists()
+    assert not (design.folder / "table-best.md").exists()
+    assert "There is no table best. A table shows dice of the best checkpoint" in page.read_text(encoding="utf-8")
+
+
+def test_data_that_have_changed_since_are_refused(store: Store, tmp_path: Path) -> None:
+    def train(store: Path, run: Path) -> None:
+        raise AssertionError("nothing is to be trained")
+
+    with pytest.raises(GlocalError, match="have changed since this experiment began: start it again"):
+        planning.train_and_report(train, "of another day", store.path, tmp_path / "run")
+
+
 def test_folds_test_on_every_labelled_subject_but_those_for_development(
     recipe: str, raw: Path, store: Store, tmp_path: Path
 ) -> None:
@@ -622,8 +644,7 @@ def test_a_step_is_measured_beside_others(
     begun: list[int] = []
 
     def counted(run: Path, settings: Mapping[str, Any], store: Path) -> None:
-        if run.name == "warm":
-            begun.append(settings["batch"])
+        begun.append(settings["batch"])
 
     asked = [
         fake({"strategy": "mixup", "batch": kind + 1, "draw": draw}, tmp_path / "finetune" / f"{kind}-{draw}", counted)
@@ -656,18 +677,27 @@ def test_what_cannot_be_trained_is_known_before_hours_are_spent(tmp_path: Path) 
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_measured_step_is_the_difference_of_two_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock that says 5 s for beginning and 2 s for each iteration of each of two stages."""
-    now = [0.0]
+def test_a_step_is_timed_from_one_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that says 5 s for beginning, and iterations of two kinds of which one also labels all slices."""
+    now, weight = [0.0], torch.nn.Parameter(torch.ones(1))
 
     def work(run: Path, settings: Mapping[str, Any]) -> None:
-        for stage in ("stage-1-a", "stage-2-b"):
-            (run / stage).mkdir(parents=True)
-        now[0] += 5 + 2 * 2 * settings["max_iterations"] + 100 * (run.name == "warm")
+        now[0] += 5
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        for step in range(settings["max_iterations"]):
+            now[0] += 9 if step < 3 else 60 if step == 10 else 2 if step % 2 else 3
+            optimizer.step()
 
     monkeypatch.setattr(measuring.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(measuring, "ITERATIONS", 30)
     measuring.measure(work, tmp_path, {"max_iterations": 1000})
-    assert read_json(tmp_path / "manifest.json") == pytest.approx({"step": 2.0, "fixed": 5.0})
+    steps = [2.0 if step % 2 else 3.0 for step in range(4, 30) if step != 10]  # the first three are warming up
+    found = read_json(tmp_path / "manifest.json")
+    assert found["step"] == pytest.approx(sum(steps) / len(steps))
+    assert found["fixed"] == pytest.approx(now[0] - 30 * found["step"])
+    before = dict(found)
+    torch.optim.SGD([weight], lr=0.1).step()  # nobody listens any more
+    assert read_json(tmp_path / "manifest.json") == before
 
 
 def test_durations_as_people_say_them() -> None:

@@ -134,6 +134,11 @@ def test_the_stages_that_can_be_compared_are_those_of_the_method() -> None:
         ({"network": {"name": "vnet"}}, "There is no network 'vnet': did you mean 'unet'?"),
         ({"network": {"name": "uctransnet", "head": 2}}, "network.head is not a setting: did you mean 'heads'?"),
         ({"precision": "half"}, "precision=half does not fit: it must be 'auto', 'float32' or 'bfloat16'."),
+        (
+            {"protocol": {"tta": True}, "finetune": {"augmentation": {"spatial": "none"}}},
+            "protocol.tta=true, but slices are never turned, zoomed, shifted or mirrored in this fine-tuning, so its "
+            "network will know no moved views: leave it out, or move slices by augmentation.spatial.",
+        ),
         ({"max_iterations": -1}, "max_iterations=-1 does not fit: it must be at least 1."),
         ({"protocol": {"draw": 3}}, "protocol.draw is not a setting: did you mean 'draws'?"),
         (

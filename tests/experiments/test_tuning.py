@@ -264,8 +264,7 @@ def test_a_tuned_experiment(raw: Path, tmp_path: Path, monkeypatch: pytest.Monke
     """Ways of preprocessing that are tried have stores of their own. Trials are measured on development subjects, and
     then the chosen ones alone, without training again, on test subjects."""
     monkeypatch.setattr(planning, "report", lambda run: write_text(run / "report.html", "a report"))
-    monkeypatch.setattr(measuring, "FEW", 1)
-    monkeypatch.setattr(measuring, "MORE", 2)
+    monkeypatch.setattr(measuring, "ITERATIONS", 2)
     vary = {"contender": ["random", "pcl"], "labels": [2]}
     tune = {"keys": {"preprocess.size": [[16, 16]], "finetune.learning_rate": [0.01]}, "trials": 2, "labels": 2}
     recipe = tmp_path / "tuned.yaml"

@@ -5,11 +5,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from shutil import rmtree
 from statistics import mean, median
 from tempfile import mkdtemp
 from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from glocal import runs
 from glocal.errors import Busy
@@ -17,9 +21,9 @@ from glocal.experiments.executors import Executors, Work
 from glocal.experiments.jobs import Failure, Job, do
 from glocal.files import read_json, write_json
 
-# Iterations of the two short trainings whose difference is measured: in both self-training has all its three rounds, so
-# that labelling all volumes is no part of an iteration.
-FEW, MORE = 6, 26
+ITERATIONS = 30  # of a short training
+WARM_UP = 3  # the first ones, which pay for memory and kernels
+LONG = 4  # times the median: such an iteration did something besides, as self-training does that labels all volumes
 SCRATCH = ".measuring-"  # begins the names of folders of short trainings
 
 
@@ -62,7 +66,7 @@ def estimate(jobs: Sequence[Job], executor: Executors, out: Path) -> list[Kind]:
     unknown = [(kind, found[0]) for kind, found in kinds.items() if not facts[kind]]
     with _scratch(out) as folder:
         # They slow each other down, since cores share their caches and their way to memory: so none is measured alone.
-        at_once = min(executor.slots(), sum(not job.done() for job in jobs))
+        at_once = max(1, min(executor.slots(), sum(not job.done() for job in jobs)))
         copies = -(-at_once // max(1, len(unknown)))
         probes: dict[str, list[Job]] = {
             kind: [_probe(first, folder / f"{number}-{copy}") for copy in range(copies)]
@@ -77,9 +81,12 @@ def estimate(jobs: Sequence[Job], executor: Executors, out: Path) -> list[Kind]:
 @contextmanager
 def _scratch(out: Path) -> Iterator[Path]:
     """A folder for measuring, removed at the end; with those of processes that were killed before their end."""
-    for folder in [lock.parent for lock in out.glob(f"{SCRATCH}*/.lock")]:
-        with suppress(Busy), runs.held(folder):
-            rmtree(folder, ignore_errors=True)
+    for folder in out.glob(f"{SCRATCH}*"):
+        with suppress(Busy, FileNotFoundError):
+            # One without a lock may be a moment old, or what a worker wrote after its folder was removed.
+            if (folder / ".lock").exists() or time.time() - folder.stat().st_mtime > 60:
+                with runs.held(folder):
+                    rmtree(folder, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     folder = Path(mkdtemp(prefix=SCRATCH, dir=out))
     with runs.held(folder):
@@ -146,18 +153,30 @@ def _name(job: Job) -> str:
 
 def _probe(job: Job, folder: Path) -> Job:
     arguments = {key: value for key, value in job.arguments.items() if key not in ("run", "pretrained")}
-    return Job(measure, {"work": job.work, "folder": folder, **arguments}, folder, MORE)
+    return Job(measure, {"work": job.work, "folder": folder, **arguments}, folder, ITERATIONS)
 
 
 def measure(work: Work, folder: Path, settings: dict[str, Any], **arguments: Any) -> None:
-    """Time two trainings after one that is not timed; write seconds per iteration (`step`) and beside (`fixed`)."""
-    seconds = []
-    for run, iterations in (("warm", FEW), ("few", FEW), ("more", MORE)):  # the first pays for imports and for files
-        started = time.monotonic()
-        work(run=folder / run, settings=settings | {"max_iterations": iterations}, **arguments)
-        seconds.append(time.monotonic() - started)
-    stages = max(1, len(list((folder / "more").glob("stage-*"))))
-    for run in ("warm", "few", "more"):  # there may be many kinds, and space may be short
-        rmtree(folder / run, ignore_errors=True)
-    step = max(0.0, (seconds[2] - seconds[1]) / (MORE - FEW) / stages)
-    write_json(folder / "manifest.json", {"step": step, "fixed": max(0.0, seconds[1] - FEW * stages * step)})
+    """Time a short training; write seconds per iteration (`step`) and of all besides (`fixed`)."""
+    begun, steps = time.monotonic(), list[float]()
+
+    def after_a_step(*_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        steps.append(time.monotonic())
+
+    handle = register_optimizer_step_post_hook(after_a_step)
+    try:
+        work(run=folder / "run", settings=settings | {"max_iterations": ITERATIONS}, **arguments)
+    finally:
+        handle.remove()
+        rmtree(folder / "run", ignore_errors=True)  # there may be many kinds, and space may be short
+    step = _usual([later - earlier for earlier, later in pairwise(steps)])
+    fixed = time.monotonic() - begun - step * len(steps)
+    write_json(folder / "manifest.json", {"step": step, "fixed": max(0.0, fixed)})
+
+
+def _usual(laps: Sequence[float]) -> float:
+    """The mean of what iterations took, without the first and without those that did something besides."""
+    usual = laps[WARM_UP:] or laps
+    return mean(lap for lap in usual if lap <= LONG * median(usual)) if usual else 0.0

@@ -8,6 +8,7 @@ import pandas as pd
 
 from glocal.data.dataset import read_dataset
 from glocal.data.store import Store
+from glocal.errors import GlocalError
 from glocal.evaluation.metrics import DISTANCES
 from glocal.evaluation.significance import (
     critical_difference,
@@ -56,16 +57,17 @@ class Finding:
         return self.options.metric not in DISTANCES
 
 
-def findings(design: Experiment, results: pd.DataFrame) -> list[Finding]:
-    """Every table of an experiment.
-
-    Raises:
-        GlocalError: a table asks for what was not measured.
-    """
+def findings(design: Experiment, results: pd.DataFrame) -> tuple[list[Finding], list[str]]:
+    """Every table of an experiment that something was measured for, and why the others are missing."""
     axes = design.axes
-    found = []
+    found: list[Finding] = []
+    missing: list[str] = []
     for name, options in design.tables.items():
-        values = values_of(results, list(axes), options)
+        try:
+            values = values_of(results, list(axes), options)
+        except GlocalError as error:
+            missing.append(f"There is no table {name}. {error}")
+            continue
         higher = options.metric not in DISTANCES
         summary = summarise(values, list(axes), design.baseline, design.options.statistics, higher)
         validation = values.groupby(list(axes), sort=False)["validation"].max().reset_index()
@@ -74,7 +76,7 @@ def findings(design: Experiment, results: pd.DataFrame) -> list[Finding]:
         is_baseline = [design.baseline.items() <= place.items() for place in summary[list(axes)].to_dict("records")]
         summary = _named(design, summary).assign(baseline=is_baseline)
         found.append(Finding(name, options, _named(design, values), summary, layout))
-    return found
+    return found, missing
 
 
 def _named(design: Experiment, frame: pd.DataFrame) -> pd.DataFrame:

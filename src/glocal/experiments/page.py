@@ -44,8 +44,9 @@ def write_results(
     write_text(
         design.folder / "recipe.yaml", yaml.safe_dump(dict(design.settings), sort_keys=False, allow_unicode=True)
     )
-    for old in (*design.folder.glob("table-*.*"), *design.folder.glob("figures/*")):
-        old.unlink()  # the recipe may no longer ask for it
+    for pattern in ("table-*.*", "figures/*", "results.csv", "tuning.csv"):
+        for old in design.folder.glob(pattern):
+            old.unlink()  # the recipe may no longer ask for it
     results = collect(trainings)
     done = [training for training in trainings if training.job.done()]
     for training in track(done, "Reports", len(done)):
@@ -56,10 +57,14 @@ def write_results(
     _write_csv(design.folder / "trainings.csv", scores.assign(run=_relative(design, scores["run"])))
     if tuning is not None:
         _write_csv(design.folder / "tuning.csv", tuning)
-    key_figures, sections = ([], []) if results.empty else _measured(design, trainings, results, stores)
+    if not results.empty:
+        _write_csv(design.folder / "results.csv", results.assign(run=_relative(design, results["run"])))
+    found, missing = ([], []) if results.empty else findings(design, results)
+    key_figures, sections = _measured(design, trainings, results, stores, found) if found else ([], [])
     write_report(_runs_page(design, trainings, scores), design.folder / RUNS)
     page = _page(design, trainings, failures)
     cited = (paper for training in done for paper in read_header(training.job.folder / "model.safetensors").papers)
+    page.warnings += missing
     page.key_figures, page.sections = key_figures, [*sections, *_tuning(tuning), *papers(cited), *_closing(design)]
     write_report(page, design.folder / "index.html")
     return design.folder / "index.html"
@@ -75,11 +80,13 @@ def _relative(design: Experiment, folders: pd.Series) -> list[str]:
 
 
 def _measured(
-    design: Experiment, trainings: Sequence[Training], results: pd.DataFrame, stores: Mapping[Path, Store]
+    design: Experiment,
+    trainings: Sequence[Training],
+    results: pd.DataFrame,
+    stores: Mapping[Path, Store],
+    found: Sequence[Finding],
 ) -> tuple[list[tuple[str, str]], list[Section]]:
     """Key figures, and all that can be shown of what was measured; tables and figures are files of their own, too."""
-    _write_csv(design.folder / "results.csv", results.assign(run=_relative(design, results["run"])))
-    found = findings(design, results)
     tables, pictures = [], []
     drawn = set()
     for finding in found:

@@ -12,6 +12,7 @@ from glocal import runs
 from glocal.data.split import Split
 from glocal.data.store import Store
 from glocal.engine import TrainingOptions
+from glocal.errors import GlocalError
 from glocal.experiments.executors import Work
 from glocal.experiments.grid import Variant
 from glocal.experiments.jobs import Job
@@ -81,22 +82,31 @@ def _training(variant: Variant, split: Split, draw: int, store: Store, out: Path
         facts = pretraining.facts_of_run(store, options, recipe.protocol)
         source = _identity(options, facts, split)
         folder = out / "pretrain" / f"{options.method}-{source}"  # type: ignore[attr-defined]  # every method has it
-        before = _reported(pretraining_job(recipe, contender, split, budget, draw, store.path, folder))
+        before = _reported(pretraining_job(recipe, contender, split, budget, draw, store.path, folder), store)
     tuning = finetuning_options(finetuning_settings(recipe, budget, draw))
     facts = finetuning.facts_of_run(store, tuning, split, recipe.protocol)
     facts |= {"pretrained": source, "stage": contender.partition("@")[2]}
     folder = out / "finetune" / f"{tuning.strategy}-{_identity(tuning, facts, split)}"
     job = finetuning_job(recipe, contender, split, budget, draw, store.path, folder, before.folder if before else None)
-    return Training(variant, split, draw, _reported(job), before)
+    return Training(variant, split, draw, _reported(job, store), before)
 
 
-def _reported(job: Job) -> Job:
-    return replace(job, work=train_and_report, arguments={"train": job.work, **job.arguments})
+def _reported(job: Job, store: Store) -> Job:
+    return replace(job, work=train_and_report, arguments={"train": job.work, "data": store.digest(), **job.arguments})
 
 
-def train_and_report(train: Work, run: Path, **arguments: Any) -> None:
-    """Train, and write the training's own report, where its worker has the time."""
-    train(run=run, **arguments)
+def train_and_report(train: Work, data: str, store: Path, run: Path, **arguments: Any) -> None:
+    """Train, and write the training's own report, where its worker has the time.
+
+    Raises:
+        GlocalError: the store no longer has the digest `data`, of which the folder of the training is named.
+    """
+    if Store.open(store).digest() != data:
+        raise GlocalError(
+            f"The data of {store} have changed since this experiment began: start it again, and it plans its trainings "
+            "on what is there now."
+        )
+    train(store=store, run=run, **arguments)
     report(run)
 
 

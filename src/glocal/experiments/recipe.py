@@ -109,12 +109,15 @@ def make_recipe(settings: Mapping[str, Any]) -> Recipe:
     """
     from glocal.finetuning.registry import finetuning_options
     from glocal.networks.registry import network_options
+    from glocal.views.moves import refuse_still
 
     recipe = validated(Recipe, settings, "")
     if recipe.network:  # said here once, and not as a fault of the first part that takes it over
         network_options(recipe.network)
     stages = {name: _stages(recipe, name) for name in recipe.pretrain}
-    finetuning_options(recipe.part(recipe.finetune))
+    options = finetuning_options(recipe.part(recipe.finetune))
+    if recipe.protocol.tta:
+        refuse_still(options.augmentation.spatial, "protocol.tta=true")
     for contender in recipe.contenders():
         name, at, stage = contender.partition("@")
         if contender != "random" and name not in stages:

@@ -29,11 +29,11 @@ from glocal.distributed import first_decides, rank
 from glocal.engine import train
 from glocal.errors import GlocalError
 from glocal.evaluation import metrics
-from glocal.files import digest, replacing, write_json
+from glocal.files import replacing, write_json
 from glocal.finetuning.base import FinetuningOptions, Strategy
 from glocal.finetuning.measure import Validation, calibrate, is_measured, measure, measured_cases
 from glocal.finetuning.registry import finetuning_options, strategy_named
-from glocal.model import Header, Transfer, find_model, read_header, save_model, transfer
+from glocal.model import Header, Transfer, digest_of_weights, find_model, read_header, save_model, transfer
 from glocal.networks.base import SegmentationNetwork
 from glocal.networks.registry import NETWORKS, build
 from glocal.progress import console
@@ -232,7 +232,7 @@ def _before(source: Path | None) -> dict[str, str] | None:
     return {
         "method": provenance["pretraining"]["method"],
         "stage": provenance["stage"],
-        "digest": digest(source),
+        "digest": digest_of_weights(source),
     }
 
 
