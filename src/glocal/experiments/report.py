@@ -31,8 +31,8 @@ from glocal.reporting.html import Picture, Report, Section, Table, papers, write
 
 NO_TEST = (
     "No labelled volume was kept for testing, so nothing here says how good the masks of unseen cases are. Look at "
-    "them, or measure by leave-one-out: protocol.leave_one_out=true, with finetune.labels one less than you have and "
-    "another run folder, trains once per labelled volume and tests on it."
+    "them, or measure by leave-one-out: protocol.leave_one_out=true, with finetune.labels=all or one less than you "
+    "have, and another run folder, trains once per labelled volume and tests on it."
 )
 
 

@@ -40,7 +40,7 @@ from glocal.progress import console
 NOT_MEASURED = (
     "No labelled volume is left for testing, so there will be no Dice of unseen cases: look at the masks of the "
     "unlabelled ones, or measure by leave-one-out, which trains once per labelled volume and tests on it "
-    "(protocol.leave_one_out=true, finetune.labels one less than you have, in another run folder)."
+    "(protocol.leave_one_out=true, with finetune.labels=all or one less than you have, in another run folder)."
 )
 
 
