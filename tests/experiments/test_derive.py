@@ -286,3 +286,17 @@ def test_nothing_is_fitted_to_the_labels_of_test_cases(tmp_path: Path, write: Wr
     assert preprocess(tmp_path)["field"] == [80, 32]
     (tmp_path / "split.json").write_text('{"pretrain": ["a", "b"], "test": ["c"]}')
     assert preprocess(tmp_path)["field"] == [32, 32]
+
+
+@pytest.mark.parametrize("vary", [{"seed": [0, 1]}, {"half": {"first": {"protocol.splits": 2}}}])
+def test_nothing_is_fitted_to_labels_where_the_split_varies(tmp_path: Path, write: Write, vary: dict[str, Any]) -> None:
+    labels = np.zeros((3, 80, 80), np.uint8)
+    labels[1, 5:9, 40] = 1
+    for case in "abcdef":
+        write(case, (3, 32, 32), (1.0, 1.0, 8.0), labels[:, :32, :32])
+    write("g", (3, 80, 80), (1.0, 1.0, 8.0), labels)
+    (tmp_path / "split.json").write_text('{"pretrain": ["a", "b", "c", "g"], "test": ["d", "e", "f"]}')
+    settings = {"data": str(tmp_path), "device": "cpu", "preprocess": {"auto": True}}
+    assert derived(settings)["preprocess"]["field"] == [80, 32]
+    assert derived(settings, {"labels": [1, 2]})["preprocess"]["field"] == [80, 32]
+    assert derived(settings, vary)["preprocess"]["field"] == [32, 32]

@@ -36,8 +36,12 @@ class Fingerprint:
     window: tuple[float, float] | None  # of a CT dataset
 
 
-def derived(settings: Mapping[str, Any]) -> dict[str, Any]:
+def derived(settings: Mapping[str, Any], vary: Mapping[str, Any] = {}) -> dict[str, Any]:
     """Settings with every part that says `auto: true` filled in from the data.
+
+    Args:
+        settings: of the recipe without its part `experiment`.
+        vary: the axes of an experiment, of which some may change what is tested on.
 
     Raises:
         GlocalError: no dataset, an unreadable image, or a given key or value that does not fit.
@@ -49,7 +53,7 @@ def derived(settings: Mapping[str, Any]) -> dict[str, Any]:
     if "data" not in settings:
         raise GlocalError("This recipe is derived from the data: say which with data=DATASET.")
     whole = read_dataset(Path(str(settings["data"])))
-    dataset = _without_closed_labels(whole, settings)
+    dataset = _without_closed_labels(whole, settings, vary)
     where = "cuda" if torch.cuda.is_available() and str(settings.get("device", "auto")) != "cpu" else "cpu"
     if "preprocess" in parts:
         result["preprocess"] = _preprocess(dataset, _checked(result["preprocess"]), LARGEST_SIDE[where])
@@ -80,10 +84,11 @@ def _strategy(dataset: Dataset, part: Mapping[str, Any]) -> dict[str, Any]:
     return {"strategy": strategy} | tta
 
 
-def _without_closed_labels(dataset: Dataset, settings: Mapping[str, Any]) -> Dataset:
+def _without_closed_labels(dataset: Dataset, settings: Mapping[str, Any], vary: Mapping[str, Any]) -> Dataset:
     """The dataset as if its test and development cases had no labels: nothing may be fitted to those."""
     protocol = validated(ProtocolOptions, settings.get("protocol", {}), "protocol")
-    if protocol.leave_one_out or protocol.folds:  # every label map is tested on in its turn
+    resplit = any({"seed", "protocol"} & set(key.split(".")) for key in flatten(dict(vary)))
+    if protocol.leave_one_out or protocol.folds or resplit:  # every label map may be tested on in its turn
         return replace(dataset, cases=tuple(replace(case, label=None) for case in dataset.cases))
     splits = range(protocol.splits)
     seed = settings.get("seed", 0)

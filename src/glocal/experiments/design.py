@@ -90,7 +90,7 @@ def read_experiment(recipe: str, words: Sequence[str] = ()) -> Experiment:
     out = Path(str(settings.get("out") or OUT)).resolve()
     if (out / "recipe.yaml").exists():
         raise GlocalError(f"{out} holds a run, not experiments: choose another folder with out=FOLDER.")
-    settings = derived(settings | {"data": str(Path(str(settings["data"])).resolve()), "out": str(out)})
+    settings = derived(settings | {"data": str(Path(str(settings["data"])).resolve()), "out": str(out)}, options.vary)
     found = variants(_decided(settings, out), options)
     _refuse_names(settings["name"], options.tables)
     _refuse_mixed_protocols(found)
