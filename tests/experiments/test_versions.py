@@ -41,47 +41,47 @@ from glocal.views.spatial import SpatialOptions
 from glocal.views.view import ViewOptions, draw_view
 
 RECORDED: dict[str, list[float]] = yaml.safe_load("""
-pcl 7: [3.7036, 3.7976]
-pcl, partitions 7: [3.3248, 2.7197]
-gcl 7: [2.9305, 2.5759, 1.0998, 0.67347]
-gcl, G^R and L^D 7: [3.4431, 2.5204, 1.8524, 1.202]
-gcl, G^D- 7: [3.0598, 2.9667]
-simclr 7: [2.4844, 2.3876]
-moco 7: [0.82391, 2.6694]
-byol 7: [4.4784, 4.1744]
-simsiam 7: [0.026498, -0.020577]
-simtriplet 7: [0.037229, 0.072546]
-swav 8: [5.6764, 3.4464]
-dino 8: [2.8879, 1.2673]
-ideal 7: [5.7714, 5.7301]
-pgl 7: [1.6204, 1.5629]
-jcl 7: [19.517, 6.3752]
-pixel-global 8: [17.091, 16.168]
-rotation 7: [1.4172, 1.3997]
-inpainting 7: [0.22796, 0.11464]
-context-restoration 7: [0.22405, 0.1195]
-label-efficient 7: [2.3782, 2.4456, 6.3898, 6.3174]
-cps 6: [6.6349, 6.6297]
-cross-consistency 6: [7.0564, 6.7122]
-mc-net 6: [4.6089, 4.482]
-adversarial 6: [2.8719, 2.7997]
-mean-teacher 7: [2.2048, 3.4804]
-uncertainty-mean-teacher 8: [3.3808, 3.4708]
-ict 7: [2.9675, 2.7516]
-fixmatch 6: [2.843, 2.6475]
-unimatch 6: [1.2958, 1.297]
-bcp 7: [4.4621, 7.4144]
-mixup 6: [2.1978, 2.1963]
-self-training 7: [2.2358, 3.855]
-supervised 6: [2.183, 2.0316]
-supervised, Dice 6: [0.7481, 0.73567]
-task-augmentation 6: [6.2257, 2.1794]
+pcl 8: [3.6563, 3.8064]
+pcl, partitions 8: [3.2274, 2.7198]
+gcl 9: [2.9305, 2.5759, 1.0998, 0.67347]
+gcl, G^R and L^D 9: [3.4431, 2.5204, 1.8524, 1.202]
+gcl, G^D- 9: [3.0598, 2.9667]
+simclr 8: [2.4844, 2.3876]
+moco 8: [0.82391, 2.6694]
+byol 8: [4.4784, 4.1744]
+simsiam 8: [0.026498, -0.020577]
+simtriplet 8: [0.037229, 0.072546]
+swav 9: [5.6764, 3.4464]
+dino 9: [2.8879, 1.2673]
+ideal 8: [5.7714, 5.7301]
+pgl 8: [1.6204, 1.5629]
+jcl 9: [19.458, 6.3701]
+pixel-global 9: [17.091, 16.168]
+rotation 8: [1.4172, 1.3997]
+inpainting 8: [0.22796, 0.11464]
+context-restoration 8: [0.22405, 0.1195]
+label-efficient 8: [2.3782, 2.4456, 6.3898, 6.3174]
+cps 7: [6.6349, 6.6297]
+cross-consistency 7: [7.0564, 6.7122]
+mc-net 7: [4.6089, 4.482]
+adversarial 7: [2.8719, 2.7997]
+mean-teacher 8: [2.2048, 3.4804]
+uncertainty-mean-teacher 9: [3.3808, 3.4708]
+ict 8: [2.9675, 2.7516]
+fixmatch 7: [2.843, 2.6475]
+unimatch 7: [1.2958, 1.297]
+bcp 8: [4.4621, 7.4144]
+mixup 7: [2.1978, 2.1963]
+self-training 8: [2.2358, 3.855]
+supervised 7: [2.183, 2.0316]
+supervised, Dice 7: [0.7481, 0.73567]
+task-augmentation 7: [6.2257, 2.1794]
 slices 1: [0.47789, 0.30595, 0.2481, 0.25129, 0.24504, 0.48849, 0.12252, 0.13412, 0.24799, 0.49215, 0.12399, 0.13603]
 slices, resampled 1: [-0.01611, 0.97569, 0.01738, 0.027606, 0.27728, 0.50696, 0.13864, 0.15769, 0.23846, 0.47957,
   0.11923, 0.1293]
 slices, window 1: [0.33471, 0.3827, 0.17012, 0.17512, 0.23909, 0.48534, 0.11962, 0.1327, 0.24762, 0.49047, 0.12389,
   0.13439]
-view 1: [0.5085, 0.30634, 0.25276, 0.25096, 0.40476, 0.58963, 0.20909, 0.19752]
+view 2: [0.5085, 0.30634, 0.25276, 0.25096, 0.40476, 0.58963, 0.20909, 0.19752]
 prediction, unet 3: [0.36308, 0.1501, 0.18202, 0.1823, 0.31603, 0.16159, 0.15787, 0.15689, 0.85861, 0.84294, 0.42575,
   0.42262]
 prediction, pcl-unet 3: [0.4288, 0.11631, 0.21264, 0.21217, 0.20395, 0.10744, 0.10419, 0.099416, 0.78095, 0.9694,
@@ -110,7 +110,7 @@ pcl 1: {max_iterations: 10000, optimizer: sgd, learning_rate: 0.01, weight_decay
   batch: 32, threshold: 0.11, position: pcl, labels: position, temperature: 0.1, scale: supcon, head: pooled, hidden:
   512, outputs: 512, augmentation: {spatial: {rotation: 180.0, scale: [0.7, 1.3], flip: [0.5, 0.5], elastic: 4.0,
   probability: 0.67}}}
-gcl 1: {max_iterations: 10000, optimizer: adam, weight_decay: 0.0, warmup_iterations: 0, schedule: constant, method:
+gcl 2: {max_iterations: 10000, optimizer: adam, weight_decay: 0.0, warmup_iterations: 0, schedule: constant, method:
   gcl, network: {}, temperature: 0.1, strategy: D, batch: 20, volumes: 5, partitions: 4, originals: true, views:
   auto, hidden: 1024, outputs: 128, augmentation: {spatial: {crop: [0.52, 0.52]}, intensity: {brightness: 0.3,
   contrast: 0.3, clip: [0.0, 1.5]}}, local: random, local_batch: 10, blocks: 3, regions: 13, kernel: 3, projection:
@@ -135,7 +135,7 @@ ideal 1: {max_iterations: 10000, optimizer: adam, learning_rate: 1.0e-05, weight
 inpainting 1: {max_iterations: 10000, optimizer: adam, weight_decay: 0.0, warmup_iterations: 0, schedule: constant,
   gradient_clip: 0.0, method: inpainting, network: {}, batch: 40, side: [0.52, 0.52], place: random, over: image,
   augmentation: {}}
-jcl 1: {max_iterations: 10000, optimizer: sgd, learning_rate: 0.01, weight_decay: 1.0e-05, gradient_clip: 0.0, method:
+jcl 2: {max_iterations: 10000, optimizer: sgd, learning_rate: 0.01, weight_decay: 1.0e-05, gradient_clip: 0.0, method:
   jcl, network: {}, batch: 16, blocks: 2, connection: shared, momentum: 0.999, stages: 1, downsampled:
   true, lambda1: 1.0, lambda2: 0.5, lambda3: 1.0, dense: supcon, dominant_pixel_projector: false, outputs: 128,
   threshold: 0.11, position: pcl, temperature: 0.1, scale: supcon, view_groups: 2, fixed: {}, variable: {spatial:
@@ -255,9 +255,9 @@ resnet50-unet 1: {name: resnet50-unet, width: 64, decoder_widths: [256, 128, 64,
 nnunet-plain 1: {name: nnunet-plain, widths: [32, 64, 128, 256, 512, 512], convolutions: 2, decoder_convolutions: 2}
 nnunet-residual 1: {name: nnunet-residual, widths: [32, 64, 128, 256, 512, 512], depths: [1, 3, 4, 6],
   decoder_convolutions: 1}
-spatial 1: {rotation: 0.0, scale: [1.0, 1.0], anisotropy: 0.0, shift: 0.0, crop: [1.0, 1.0], flip: [0.0, 0.0],
+spatial 2: {rotation: 0.0, scale: [1.0, 1.0], anisotropy: 0.0, shift: 0.0, crop: [1.0, 1.0], flip: [0.0, 0.0],
   elastic: 0.0, elastic_grid: 6, probability: 1.0}
-intensity 1: {brightness: 0.0, contrast: 0.0, gamma: [1.0, 1.0], noise: 0.0, blur: 0.0, clip: null, probability: 1.0}
+intensity 2: {brightness: 0.0, contrast: 0.0, gamma: [1.0, 1.0], noise: 0.0, blur: 0.0, clip: null, probability: 1.0}
 preprocessing 1: {n4: false, intensity: percentile, percentiles: [1.0, 99.0], clip: true, window: null, slice_axis:
   auto, spacing: null, spacing_known: true, field: null}
 """)

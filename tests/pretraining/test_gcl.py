@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from glocal.contrast.regions import local_masks
+from glocal.data.plan import PreprocessOptions
+from glocal.data.preprocess import preprocess
 from glocal.data.sampling import Pool, Slices
 from glocal.data.split import Split
 from glocal.data.store import Store
@@ -305,6 +307,30 @@ def test_what_cannot_be_learnt_is_refused_before_anything_is_written(
     with pytest.raises(GlocalError, match=sentence):
         pretrain(store, tmp_path / "run", settings, split=Split(0, cases, (), ()))
     assert not (tmp_path / "run").exists()
+
+
+def test_regions_lie_where_the_image_is(
+    preprocessing: PreprocessOptions, raw: Path, cheap: Any, tmp_path: Path
+) -> None:
+    options = preprocessing.model_copy(update={"size": (36, 28)})  # padded to 40 x 32
+    store = preprocess(raw, tmp_path / "store", options, workers=1)
+    network = {"name": "unet", "widths": [4, 4, 4, 4]}
+    stage: Any = TestGCL().stages({**cheap, **WIDTHS, "method": "gcl", "network": network, "blocks": 2}, store)[1]
+    assert stage.network.multiple == 8
+    assert (stage.positions.amax(0) + 3).tolist() == [17, 13]  # of 18 x 14; K = 3 leaves the last row and column out
+
+
+def test_views_that_would_lose_half_of_the_values_are_refused(
+    preprocessing: PreprocessOptions, raw: Path, cheap: Any, tmp_path: Path
+) -> None:
+    options = preprocessing.model_copy(update={"intensity": "zscore"})
+    store = preprocess(raw, tmp_path / "store", options, workers=1)
+    settings = {**cheap, **WIDTHS, "method": "gcl", "max_iterations": 1, "local": "none"}
+    with pytest.raises(GlocalError, match=r"clip=\[0, 1.5\] would blacken .* set augmentation.intensity.clip=null"):
+        pretrain(store, tmp_path / "run", settings)
+    for clip in (None, (-3.0, 3.0)):
+        free = ViewOptions(intensity=IntensityOptions(clip=clip)).model_dump()
+        assert pretrain(store, tmp_path / str(clip), {**settings, "augmentation": free}).exists()
 
 
 def test_single_slices_have_no_partitions(odd: Store, tmp_path: Path, cheap: dict[str, Any]) -> None:

@@ -126,7 +126,10 @@ def slow_distance(a: Tensor, d: Tensor, form: str) -> Tensor:
 
 
 def slow_feature_error(full: Tensor, small: Tensor) -> Tensor:
-    """Bilinear with the corners kept, from the four neighbours of each place."""
+    """Bilinear with the corners kept, from the four neighbours of each place; the mean where there is one."""
+    for axis in (2, 3):
+        if small.shape[axis] == 1:
+            full = torch.stack(full.unbind(axis)).sum(0).unsqueeze(axis) / full.shape[axis]
     sides, terms = list(zip(full.shape[2:], small.shape[2:], strict=True)), []
     for y in range(small.shape[2]):
         for x in range(small.shape[3]):

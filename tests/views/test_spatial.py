@@ -91,6 +91,16 @@ def test_flips_are_exact_mirrors_of_the_named_axis() -> None:
     assert abs(mirrored[:, 0, 0].float().mean() - 0.75) < 0.08
 
 
+def test_images_that_are_not_moved_are_mirrored_as_often() -> None:
+    spatial = draw(400, flip=(0.25, 0.75), rotation=10.0, probability=0.4)
+    still = spatial.matrix[:, 0, 1] == 0
+    assert abs(still.float().mean() - 0.6) < 0.08
+    for chosen in (still, ~still):
+        mirrored = spatial.matrix[chosen, :, :2] < -0.5
+        assert abs(mirrored[:, 1, 1].float().mean() - 0.25) < 0.1
+        assert abs(mirrored[:, 0, 0].float().mean() - 0.75) < 0.1
+
+
 def test_quarter_turn_takes_right_to_below() -> None:
     x = torch.rand(1, 1, 9, 9, generator=torch.Generator().manual_seed(0))
     quarter = Spatial(torch.tensor([[[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0]]]))

@@ -142,9 +142,17 @@ def global_head(stage: Stage) -> GlobalHead:
     """g1 for the bottleneck of a stage's network.
 
     Raises:
-        GlocalError: nothing attracts, or nothing repels, so that the loss is 0 whatever the weights.
+        GlocalError: nothing attracts, or nothing repels, so that the loss is 0 whatever the weights; or views lose half
+            of a z-scored image.
     """
     o: Options = stage.options
+    clip = o.augmentation.intensity.clip
+    if clip is not None and clip[0] >= 0 and stage.pool.store.plan.options.intensity == "zscore":
+        raise GlocalError(
+            f"augmentation.intensity.clip=[{clip[0]:g}, {clip[1]:g}] would blacken all that is below the mean, because "
+            "the images of this store are z-scored: set augmentation.intensity.clip=null, or preprocess with "
+            "intensity=percentile."
+        )
     across = o.strategy == "D" and min(o.volumes, len(stage.pool.volumes)) > 1
     if len(roles(o)) < 2 and not across:
         raise GlocalError("Each slice would be seen once, so that nothing attracts it: set views=2.")
@@ -195,7 +203,9 @@ def local_head(stage: Stage) -> tuple[DenseHead, nn.Module, Tensor]:
     """g2 for the map after l decoder blocks, what projects its regions, and where they are."""
     o: Options = stage.options
     channels = stage.network.decoder_channels(o.blocks)
-    _, height, width = (side * 2**o.blocks for side in stage.bottleneck_size())
+    # Only where the map shows the image, whose sides may have been padded: regions of padding would all be alike.
+    sides = stage.pool.store.plan.options.size
+    height, width = (-(-side * 2**o.blocks // stage.network.multiple) for side in sides)
     positions = region_positions(height, width, o.regions, o.kernel, o.negatives)
     g2 = DenseHead(channels)
     projected = o.kernel == 3 and o.projection
@@ -236,7 +246,7 @@ GCL = Method(
     paper="K. Chaitanya, E. Erdil, N. Karani, E. Konukoglu: Contrastive learning of global and local features for "
     "medical image segmentation with limited annotations. NeurIPS 2020.",
     summary="slices of one anatomical partition attract each other; then regions of one slice, in the decoder",
-    version=1,
+    version=2,
     options=Options,
     stages=_stages,
 )

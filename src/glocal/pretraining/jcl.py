@@ -249,7 +249,7 @@ JCL = Method(
     paper="S. Zeng et al.: Multi-level asymmetric contrastive learning for medical image segmentation pre-training. "
     "arXiv:2309.11876, 2023 (JCL in version 1, MACL since).",
     summary="PCL for encoder and first decoder blocks at once, on slices, locations and features",
-    version=1,
+    version=2,
     options=Options,
     stages=_stages,
 )

@@ -77,7 +77,11 @@ def feature_error(auxiliary: Tensor, dominant: Tensor) -> Tensor:
     Returns:
         `(B,)`: a mean for each slice.
     """
-    small = interpolate(_precise(auxiliary), size=dominant.shape[-2:], mode="bilinear", align_corners=True)
+    large = _precise(auxiliary)
+    for axis in (2, 3):
+        if dominant.shape[axis] == 1:  # no two corners to keep, of which interpolation would take the first
+            large = large.mean(axis, keepdim=True)
+    small = interpolate(large, size=dominant.shape[-2:], mode="bilinear", align_corners=True)
     return (small - _precise(dominant)).abs().flatten(1).mean(1)
 
 

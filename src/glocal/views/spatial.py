@@ -45,7 +45,7 @@ class SpatialOptions(BaseModel):
     elastic_grid: Knots | tuple[Knots, Knots] = Field(
         6, description="Control points per axis, or (vertical, horizontal); the outermost lie on the image's edges."
     )
-    probability: Probability = Field(1.0, description="Probability that an image is moved at all.")
+    probability: Probability = Field(1.0, description="Probability that an image is moved at all, mirroring apart.")
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,7 @@ def draw_spatial(options: SpatialOptions, batch: int, size: tuple[int, int], gen
     chances = torch.rand(11, batch, generator=generator, dtype=torch.float64)
     chosen = chances[10] < options.probability
     matrix = torch.where(chosen[:, None, None], _affine(options, size, chances), torch.eye(2, 3, dtype=torch.float64))
+    matrix[:, :, :2] *= torch.where(torch.tensor(options.flip[::-1]) > chances[8:10].T, -1.0, 1.0)[:, None]
     displacement = None
     if options.elastic:
         knots = options.elastic_grid if isinstance(options.elastic_grid, tuple) else (options.elastic_grid,) * 2
@@ -165,7 +166,7 @@ def draw_spatial(options: SpatialOptions, batch: int, size: tuple[int, int], gen
 
 
 def _affine(options: SpatialOptions, size: tuple[int, int], chances: Tensor) -> Tensor:
-    """View to source, (B, 2, 3) float64, from uniform numbers (10 or more, B)."""
+    """View to source but for mirroring, (B, 2, 3) float64, from uniform numbers (8 or more, B)."""
     angle = torch.deg2rad(options.rotation * (2 * chances[0] - 1))
     zoom = log_uniform(chances[1], options.scale)
     stretch = (1 + options.anisotropy * (2 * chances[2] - 1)).sqrt()
@@ -178,5 +179,4 @@ def _affine(options: SpatialOptions, size: tuple[int, int], chances: Tensor) -> 
     shift = 2 * options.shift * (2 * chances[4:6].T - 1)
     centre = (1 - window[:, None]) * (2 * chances[6:8].T - 1)
     offset = centre[..., None] - linear @ shift[..., None]
-    mirror = torch.where(torch.tensor(options.flip[::-1]) > chances[8:10].T, -1.0, 1.0)
-    return torch.cat([linear * mirror[:, None], offset], 2)
+    return torch.cat([linear, offset], 2)

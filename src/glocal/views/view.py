@@ -10,7 +10,7 @@ from glocal.options import or_none
 from glocal.views.intensity import Intensity, IntensityOptions, draw_intensity
 from glocal.views.spatial import Spatial, SpatialOptions, draw_spatial
 
-VERSION = 1  # raised by hand when the same draw gives another view (see `runs.identity`)
+VERSION = 2  # raised by hand when the same draw gives another view (see `runs.identity`)
 
 
 class ViewOptions(BaseModel):
