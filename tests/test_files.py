@@ -31,6 +31,13 @@ def test_the_file_appears_whole_in_a_new_folder(tmp_path: Path) -> None:
     assert list(target.parent.iterdir()) == [target]
 
 
+def test_colleagues_may_read_what_a_writer_keeps_for_itself(tmp_path: Path) -> None:
+    with replacing(tmp_path / "model") as temporary:
+        temporary.touch(0o600)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "model").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_it_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     fsync, replace = os.fsync, os.replace

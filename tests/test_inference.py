@@ -248,6 +248,7 @@ def test_files_are_grouped_into_cases(tmp_path: Path, capsys: pytest.CaptureFixt
         (["a_0000.nii.gz", "a_0001.nii.gz"], 1, r"needs 1 channel\(s\) of a \(a_0000\), found 2"),
         (["a.nii.gz", "a.mha"], 1, "would write one mask: rename one"),
         (["a.nii.gz", "a_0000.nii.gz"], 1, "would write one mask"),
+        (["a_0001.nii.gz", "a_0001_0000.nii.gz"], 1, "would write one mask"),
         ([], 1, "holds no image"),
         (["a.png"], 1, "holds no image"),
     ],
@@ -378,6 +379,7 @@ def test_masks_that_exist_are_kept_unless_asked(
     write_volume(tmp_path / "in" / "a.nii.gz", *image)
     write_volume(tmp_path / "in" / "b.nii.gz", *image)
     predict(finetuned, tmp_path / "in" / "a.nii.gz", tmp_path / "out", device="cpu")
+    mask = (tmp_path / "out" / "a.nii.gz").read_bytes()
     (tmp_path / "out" / "a.nii.gz").write_bytes(b"mine")
     seen = []
     work = inference._predict_case
@@ -385,6 +387,10 @@ def test_masks_that_exist_are_kept_unless_asked(
     predict(finetuned, tmp_path / "in", tmp_path / "out", device="cpu")
     assert seen == ["b"]
     assert (tmp_path / "out" / "a.nii.gz").read_bytes() == b"mine"
+    with pytest.raises(GlocalError, match=r"a\.nii\.gz was changed after it was predicted, and the maps"):
+        predict(finetuned, tmp_path / "in", tmp_path / "out", probabilities=True, device="cpu")
+    assert seen == ["b"]
+    (tmp_path / "out" / "a.nii.gz").write_bytes(mask)
     predict(finetuned, tmp_path / "in", tmp_path / "out", probabilities=True, device="cpu")
     assert seen == ["b", "a", "b"]  # their probabilities were not there
     predict(finetuned, tmp_path / "in", tmp_path / "out", device="cpu", overwrite=True)
@@ -405,3 +411,34 @@ def test_masks_of_another_model_are_not_taken_for_those_of_this(
     predict(other, tmp_path / "in", tmp_path / "out", device="cpu", overwrite=True)
     with pytest.raises(GlocalError, match=str(other)):
         predict(finetuned, tmp_path / "in", tmp_path / "out", device="cpu")
+    write_volume(tmp_path / "more" / "b.nii.gz", *image)
+    for overwrite in (False, True):  # the mask of a would stay, and nothing would say by which model
+        with pytest.raises(GlocalError, match=r"masks by .* that would not be replaced \(a\): choose another folder"):
+            predict(finetuned, tmp_path / "more", tmp_path / "out", device="cpu", overwrite=overwrite)
+    (tmp_path / "out" / "a.nii.gz").unlink()
+    predict(finetuned, tmp_path / "more", tmp_path / "out", device="cpu")
+    assert names(tmp_path / "out") == ["b.nii.gz"]
+    (tmp_path / "out" / "predictions.json").write_text("[]")
+    with pytest.raises(GlocalError, match="was not written by `glocal predict`"):
+        predict(finetuned, tmp_path / "more", tmp_path / "out", device="cpu")
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".mhd"])
+def test_a_mask_of_another_image_is_not_taken_for_that_of_this(
+    image: tuple[Array, Geometry], finetuned: Path, tmp_path: Path, ending: str
+) -> None:
+    array, geometry = image
+    for folder, voxels in (("A", array), ("B", array[..., ::-1].copy())):
+        (tmp_path / folder).mkdir()
+        volume = sitk.GetImageFromArray(voxels)
+        volume.SetSpacing(geometry.spacing)
+        sitk.WriteImage(volume, str(tmp_path / folder / f"scan{ending}"))
+    (mask,) = predict(finetuned, tmp_path / "A", tmp_path / "out", device="cpu")
+    before = mask.read_bytes()
+    with pytest.raises(
+        GlocalError, match=r"scan.* was predicted from another image \(.*A.scan.*\) than .*B.scan.* is now"
+    ):
+        predict(finetuned, tmp_path / "B", tmp_path / "out", device="cpu")
+    assert mask.read_bytes() == before
+    predict(finetuned, tmp_path / "B", tmp_path / "out", device="cpu", overwrite=True)
+    assert mask.read_bytes() != before

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from glocal.files import read_json
 from glocal.finetuning.measure import calibrate
 from glocal.inference import folded, predict
 from glocal.model import add_provenance, load_network, read_header, save_model
-from glocal.overview import chosen_slices
+from glocal.overview import chosen_slices, write_cases, write_page
 from glocal.pretraining.registry import METHODS
 
 
@@ -161,6 +162,16 @@ def test_the_page_shows_every_case_the_most_urgent_first(everything: Path) -> No
     assert "2 models × 5 moved views" in page
     assert "Papers to cite" in page
     assert "Before you use these results" not in page  # nothing to warn of
+
+
+def test_the_page_does_without_pictures_of_what_is_gone(everything: Path, tmp_path: Path) -> None:
+    out, record = tmp_path / "out", read_json(everything / "predictions.json")
+    copytree(everything, out)
+    record["cases"]["a"]["image"] = str(tmp_path / "moved.nii.gz")
+    write_page(out / "page.html", record, write_cases(out, record), {"wall": 1, "blood": 2})
+    page = (out / "page.html").read_text(encoding="utf-8")
+    assert re.findall(r"<figcaption>([ab]);", page) == ["b"]
+    assert "Of the 2 cases 1 are shown" in page
 
 
 @pytest.mark.parametrize("change", [{"tta": False}, {"others": []}, {"others": "swapped"}])

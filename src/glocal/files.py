@@ -18,6 +18,8 @@ _OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _OUT_OF_SPACE_IN_WORDS = re.compile(r"os error (28|122)\b|requested and \d+ written")  # safetensors, NumPy
 _IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_UMASK = os.umask(0o077)  # can only be read by setting it: once, before there are threads
+os.umask(_UMASK)
 _YOUNG = 10 * 10**9  # ns: more than the coarsest clock of a file system (2 s), and some for a server's that is behind
 
 
@@ -36,6 +38,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        with suppress(OSError):  # some writers keep their files from everybody else, colleagues on a shared drive, too
+            temporary.chmod(0o666 & ~_UMASK)
         os.replace(temporary, path)
     except Exception as error:
         if sentence := explained(error, path):
@@ -58,7 +62,9 @@ def explained(error: Exception, path: Path | None = None) -> str | None:
     if code in _IN_THE_WAY:
         return f"Cannot write {where}: a file is where a folder should be, or the reverse; choose another place."
     if code in _FORBIDDEN:
-        return f"Cannot {'write' if path else 'open'} {where}: choose a place you have the permission for."
+        if path is None:
+            return f"Cannot open {where}: ask for the permission to read it, or choose another place."
+        return f"Cannot write {where}: choose a place you have the permission for."
     return None
 
 

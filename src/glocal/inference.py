@@ -1,6 +1,6 @@
 """From a volume to its mask: slices through the network, probabilities back to native geometry, argmax there."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from glocal.data.dataset import some
 from glocal.data.image import read_image, write_like
 from glocal.data.inputs import Input, list_inputs
 from glocal.data.plan import Plan
@@ -105,7 +106,8 @@ def predict(
         out: folder for the masks; `CASE` and the ending of the input, as nnU-Net names them.
         probabilities: also write `CASE.npz` with `probabilities` `(K, z, y, x)` float16.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        overwrite: replace masks that exist; without it they are kept, so that a stopped prediction continues.
+        overwrite: replace masks that exist; without it they are kept, so that a stopped prediction continues, and what
+            another image, model or option would replace is refused.
         others: further models, whose probabilities are averaged with those of the first.
         tta: average over moved views of each slice, too (test-time augmentation).
         uncertainty: also write `CASE_uncertainty`, float32 in [0, 1], and `predictions.html`.
@@ -116,7 +118,7 @@ def predict(
 
     Raises:
         GlocalError: no such model or images, models that do not fit together, nothing to vary, an unreadable image, or
-            `out` is the images' folder or holds masks of something else.
+            `out` is the images' folder or holds masks of something else, or masks that were changed and lack a map.
     """
     models = Models.load([find_model(path) for path in (model, *others)])
     if out.resolve() == (images if images.is_dir() else images.parent).resolve():
@@ -127,6 +129,8 @@ def predict(
     plan, maps = models.headers[0].plan, Maps(probabilities, uncertainty, models.temperature)
     inputs = list_inputs(images, plan.channels)
     record = _record(out, models, vary.options, inputs, overwrite)
+    if not overwrite:
+        _refuse_changes(out, record["cases"], inputs, maps)
     record |= {
         "summary": vary.sentence(uncertainty),
         "calibration": models.sentence(vary.several),
@@ -147,6 +151,8 @@ def _record(out: Path, models: Models, options: dict[str, Any], inputs: list[Inp
     """What `predictions.json` says: masks that exist are kept only if these very models made them in this way."""
     path = out / "predictions.json"
     begun = read_json(path) if path.exists() else {}
+    if not isinstance(begun, dict):
+        raise GlocalError(f"{path} was not written by `glocal predict`: choose another folder for the masks.")
     made_by: dict[str, Any] = {
         "models": [{"file": str(file.resolve()), "digest": digest(file)} for file in models.files],
         "options": options,
@@ -154,6 +160,12 @@ def _record(out: Path, models: Models, options: dict[str, Any], inputs: list[Inp
     same = [model["digest"] for model in begun.get("models", [])] == [model["digest"] for model in made_by["models"]]
     if same and begun["options"] == options:
         return {**made_by, "cases": begun["cases"]}
+    asked = {case.name for case in inputs}
+    left = [name for name, case in begun.get("cases", {}).items() if name not in asked and _any_of(out, case["files"])]
+    if left:  # beside masks of this model, and with no record of how they were made
+        raise GlocalError(
+            f"{out} holds masks by {_maker(begun)} that would not be replaced ({some(left)}): choose another folder."
+        )
     if not overwrite and any((out / case.target).exists() for case in inputs):
         raise GlocalError(
             f"{out} holds masks of these images by {_maker(begun)}: choose another folder, or replace them with "
@@ -163,6 +175,28 @@ def _record(out: Path, models: Models, options: dict[str, Any], inputs: list[Inp
     for name in (*stale, PAGE):  # no map shall lie beside a mask that it was not made with
         (out / name).unlink(missing_ok=True)
     return {**made_by, "cases": {}}
+
+
+def _any_of(folder: Path, names: Sequence[str]) -> bool:
+    return any((folder / name).exists() for name in names)
+
+
+def _refuse_changes(out: Path, cases: Mapping[str, Any], inputs: Sequence[Input], maps: Maps) -> None:
+    """Refuse before anything is predicted what would be kept for, or written beside, what it does not belong to."""
+    for case in inputs:
+        mask, known = out / case.target, cases.get(case.name)
+        if known is None or not mask.exists():
+            continue
+        if known["digest"] != case.digest():
+            raise GlocalError(
+                f"{mask} was predicted from another image ({known['image']}) than {case.files[0]} is now: choose "
+                "another folder, or replace it with --overwrite."
+            )
+        if not all((out / name).exists() for name in maps.files(case)) and known["mask"] != digest(mask):
+            raise GlocalError(
+                f"{mask} was changed after it was predicted, and the maps that are asked for would not belong to it: "
+                "choose another folder for them, or give the changes up with --overwrite."
+            )
 
 
 def _maker(record: dict[str, Any]) -> str:
@@ -209,6 +243,8 @@ def _predict_case(
     doubts = None if unsure is None else undo.oriented(unsure[None])[:, 0]
     return {
         "image": str(case.files[0].resolve()),
+        "digest": case.digest(),
+        "mask": digest(target),
         "files": maps.files(case),
         "map": case.uncertainty if maps.uncertainty else None,
         "undo": undo.as_dict(),

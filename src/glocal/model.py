@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -102,7 +103,10 @@ def read_header(path: Path) -> Header:
 
     Raises:
         GlocalError: not a model file of glocal, or damaged.
+        PermissionError: it may not be read.
     """
+    with suppress(FileNotFoundError), open(path, "rb"):  # what may not be read, safetensors takes for absent
+        pass
     try:
         with safe_open(str(path), framework="pt") as file:
             return Header.model_validate(json.loads(file.metadata()["glocal"]))

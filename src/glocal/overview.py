@@ -50,7 +50,7 @@ def write_page(path: Path, record: Mapping[str, Any], table: pd.DataFrame, label
         table: of `write_cases`.
         labels: structure to label value.
     """
-    shown = [name for name in table["case"] if record["cases"][name]["map"]][:_PICTURES]
+    shown = [name for name in table["case"] if _is_there(path.parent, record["cases"][name])][:_PICTURES]
     pictures = [
         Picture(_caption(table, name), _montage(path.parent, record["cases"][name], name, labels), "png", wide=True)
         for name in track(shown, "Pictures", len(shown))
@@ -72,12 +72,19 @@ def write_page(path: Path, record: Mapping[str, Any], table: pd.DataFrame, label
     write_report(Report("Predictions", lead, figures, warnings, sections, footer), path)
 
 
+def _is_there(out: Path, case: Mapping[str, Any]) -> bool:
+    """Whether a case has an uncertainty map, and image, mask and map still lie where they were."""
+    return bool(case["map"]) and all(
+        Path(out, name).exists() for name in (case["image"], case["files"][0], case["map"])
+    )
+
+
 def _reading(shown: int, cases: int) -> str:
     text = (
         "Above the predicted structures, below the uncertainty from black (sure) to white (unsure), on the same scale "
         "in all pictures; slices are spread over the structures, and the most uncertain one is among them."
     )
-    return text if shown == cases else f"{text} Of the {cases} cases the first {shown} are shown."
+    return text if shown == cases else f"{text} Of the {cases} cases {shown} are shown, the first that have all files."
 
 
 def _table(table: pd.DataFrame) -> Table:

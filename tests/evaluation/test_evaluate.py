@@ -114,6 +114,32 @@ def test_labels_without_a_name(dataset: Path, predictions: Path) -> None:
         evaluate(predictions, dataset)
 
 
+def test_labels_of_the_truth_without_a_name(dataset: Path, predictions: Path) -> None:
+    write_volume(dataset / "labelsTr" / "a.nii.gz", mask(0) + np.uint8(5), GEOMETRY)
+    with pytest.raises(GlocalError, match=r"labelsTr.a.nii.gz holds the label values 5, 6, 7"):
+        evaluate(predictions, dataset)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [((0, 0), "No label map holds a structure"), ((0, -1), r"b.nii.gz holds the negative label value -1")],
+)
+def test_label_maps_that_say_nothing(dataset: Path, predictions: Path, values: tuple[int, int], sentence: str) -> None:
+    (dataset / "dataset.json").unlink()
+    for case in "abc":
+        labels = np.where(mask(0) == 1, *values[::-1]).astype(np.int16) if case == "b" else mask(0) * 0
+        write_volume(dataset / "labelsTr" / f"{case}.nii.gz", labels, GEOMETRY)
+    with pytest.raises(GlocalError, match=sentence):
+        evaluate(predictions, dataset)
+
+
+@pytest.mark.parametrize("content", [[], {"labels": ["wall"]}, {"labels": {"wall": -1}}])
+def test_a_dataset_json_of_another_kind(dataset: Path, predictions: Path, content: object) -> None:
+    write_json(dataset / "dataset.json", content)
+    with pytest.raises(GlocalError, match="one whole number, 0 or more"):
+        evaluate(predictions, dataset)
+
+
 def test_folders_that_cannot_be_meant(dataset: Path, predictions: Path, tmp_path: Path) -> None:
     with pytest.raises(GlocalError, match="is not a folder"):
         evaluate(tmp_path / "nowhere", dataset)

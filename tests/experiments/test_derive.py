@@ -121,6 +121,27 @@ def test_ct_gets_the_window_of_its_labelled_structures(tmp_path: Path, write: Wr
     assert preprocess(tmp_path, window=[-100, 300])["window"] == [-100, 300]
 
 
+def test_a_window_is_for_ct_alone(tmp_path: Path, write: Write) -> None:
+    write("a", (4, 32, 32), (1.0, 1.0, 8.0))
+    write_dataset_json(tmp_path, "Mine", ["PET", "CT"], {"organ": 1}, 1, file_ending=".mha")
+    (tmp_path / "imagesTr" / "a_0001.mha").write_bytes((tmp_path / "imagesTr" / "a_0000.mha").read_bytes())
+    found = preprocess(tmp_path)
+    assert found["intensity"] == "percentile"
+    assert "window" not in found
+
+
+def test_volumes_stored_in_another_order_of_axes_are_taken_along_the_same(tmp_path: Path, write: Write) -> None:
+    labels = np.zeros((6, 64, 96), np.uint8)
+    labels[2, :, 4:92] = 1
+    for case in "abcd":
+        write(case, (6, 64, 96), (1.0, 1.0, 8.0), labels)
+    expected = preprocess(tmp_path)
+    assert expected["field"] == [80, 112]  # the structure and a margin
+    for path in (tmp_path / "imagesTr" / "a_0000.mha", tmp_path / "labelsTr" / "a.mha"):
+        sitk.WriteImage(sitk.PermuteAxes(sitk.ReadImage(str(path)), [2, 0, 1]), str(path))
+    assert preprocess(tmp_path) == {**expected, "slice_axis": "x"}
+
+
 def test_ct_without_labels_gets_the_window_of_the_body(tmp_path: Path, write: Write) -> None:
     image = np.full((4, 40, 40), -1000.0, np.float32)
     image[:, 8:32, 8:32] = 40.0

@@ -1,7 +1,7 @@
 """`glocal predict`: masks for new images."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -62,7 +62,8 @@ def predict(
 
     masks = segment(model, images, out, probabilities, device, overwrite, others or [], tta, uncertainty, passes)
     record = read_json(out / "predictions.json")
-    Console().print(cases_table(pd.read_csv(out / "cases.csv", keep_default_na=False, na_values={"uncertainty": ""})))
+    reading: dict[str, Any] = {"dtype": {"case": str}, "keep_default_na": False, "na_values": {"uncertainty": ""}}
+    Console().print(cases_table(pd.read_csv(out / "cases.csv", **reading)))
     typer.echo(f"{record['summary']} {record['calibration']}")
     typer.echo(f"{len(masks)} masks in {out}, all cases in {out / 'cases.csv'}.")
     if uncertainty:

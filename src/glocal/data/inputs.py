@@ -1,13 +1,15 @@
 """The cases in a folder of images: which files belong together, and what their masks are called."""
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from glocal.data.dataset import some
 from glocal.data.dicom import dicom_series
-from glocal.data.image import FILE_ENDINGS, file_ending, is_volume_file
+from glocal.data.image import FILE_ENDINGS, file_ending, files_of, is_volume_file
 from glocal.errors import GlocalError
+from glocal.files import digest
 from glocal.progress import console
 
 # A mask is one file: these headers have their voxels in a second one, their formats have an ending that has not.
@@ -26,6 +28,14 @@ class Input:
     def uncertainty(self) -> str:
         """The file name of its uncertainty map, of the mask's format."""
         return f"{self.name}_uncertainty{self.target.removeprefix(self.name)}"
+
+    def digest(self) -> str:
+        """SHA-256 of all bytes of its files, which tells it from another image of the same name."""
+        found = hashlib.sha256()
+        for path in self.files:
+            for part in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else files_of(path):
+                found.update(bytes.fromhex(digest(part)))
+        return found.hexdigest()
 
 
 def list_inputs(images: Path, channels: int) -> list[Input]:
@@ -60,7 +70,10 @@ def list_inputs(images: Path, channels: int) -> list[Input]:
         console.print(f"Not searched for images: {some([path.name for path in passed])}.", markup=False)
     if channels == 1:  # scan_0001 and scan_0002 are two scans then, unless there is a scan_0000
         for name in [name for name, found in cases.items() if 0 not in found]:
-            cases |= {f"{name}_{number:04d}": {0: path} for number, path in cases.pop(name).items()}
+            for number, path in cases.pop(name).items():
+                other = cases.setdefault(f"{name}_{number:04d}", {0: path})[0]
+                if other != path:
+                    raise GlocalError(f"{path} and {other.name} would write one mask: rename one of them.")
     return [_input(name, found, channels) for name, found in sorted(cases.items())]
 
 

@@ -46,7 +46,7 @@ def evaluate(
 
     Raises:
         GlocalError: a folder is missing or no prediction fits; two files of one name; a prediction of other shape or
-            place than its label map, or with label values that have no name.
+            place than its label map; label values that have no name, negative ones, or none at all.
     """
     folder, names = _label_folder(labels)
     expected, predicted = _volumes(folder), _volumes(predictions)
@@ -100,6 +100,7 @@ def _measure(
     tolerance: float,
 ) -> list[Row]:
     truth = read_labels(truth_file)
+    _require_named(truth.array, classes, truth_file)
     spacing = truth.geometry.spacing if spacing_known else None
     if prediction_file is None:
         rows = worst_metrics(truth.array[0], classes, spacing, NO_PREDICTION)
@@ -115,7 +116,7 @@ def _require_named(array: NDArray[np.generic], classes: Mapping[str, int], path:
     if unnamed := sorted({int(value) for value in np.unique(array)} - {0, *classes.values()}):
         raise GlocalError(
             f"{path} holds the label values {_listed(unnamed)}, which have no name among {_listed(classes)}: "
-            "correct the prediction or the labels in dataset.json."
+            "correct this file or the labels in dataset.json."
         )
 
 
@@ -125,9 +126,12 @@ def _label_folder(labels: Path) -> tuple[Path, Mapping[str, int] | None]:
     folder = labels / "labelsTr" if (labels / "labelsTr").is_dir() else labels
     if not (root / "dataset.json").is_file():
         return folder, None
-    names = read_json(root / "dataset.json").get("labels", {})
-    if not all(isinstance(value, int) for value in names.values()):
-        raise GlocalError(f"{root / 'dataset.json'} must give each of its `labels` one whole number: {names}.")
+    content = read_json(root / "dataset.json")
+    names = content.get("labels", {}) if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(value, int) and value >= 0 for value in names.values()):
+        raise GlocalError(
+            f"{root / 'dataset.json'} must give each of its `labels` one whole number, 0 or more: {names}."
+        )
     return folder, names
 
 
@@ -154,7 +158,17 @@ def _foreground(names: Mapping[str, int]) -> dict[str, int]:
 
 def _found_labels(files: Sequence[Path]) -> dict[str, int]:
     """Classes named after the values in the label maps, where nobody named them."""
-    values = {int(value) for path in files for value in np.unique(read_labels(path).array)}
+    values: set[int] = set()
+    for path in files:
+        found = {int(value) for value in np.unique(read_labels(path).array)}
+        if min(found) < 0:
+            raise GlocalError(f"{path} holds the negative label value {min(found)}: give structures 1, 2, and so on.")
+        values |= found
+    if values <= {0}:
+        raise GlocalError(
+            "No label map holds a structure, and no dataset.json says which there should be: check that these are the "
+            "label maps, or name the structures in a dataset.json beside them."
+        )
     return {f"label {value}": value for value in sorted(values)}
 
 

@@ -11,8 +11,8 @@ import SimpleITK as sitk
 import torch
 
 from glocal.data.dataset import Case, Dataset, read_dataset
-from glocal.data.image import Geometry, read_image, read_labels
-from glocal.data.orientation import ARRAY_AXES, distinct_axis
+from glocal.data.image import Geometry, geometry_of, read_image, read_labels
+from glocal.data.orientation import ARRAY_AXES, distinct_axis, frame_of, orient
 from glocal.data.plan import PreprocessOptions
 from glocal.data.split import ProtocolOptions, make_split
 from glocal.errors import GlocalError
@@ -27,12 +27,16 @@ ITERATIONS = {"cpu": (1500, 2000), "cuda": (10_000, 10_000)}
 UNKNOWN_SCALE = [0.5, 2]  # of labelled slices, where nothing says how wide a pixel is
 
 
+Order = tuple[int, int, int]
+
+
 @dataclass(frozen=True)
 class Fingerprint:
     """What the headers and some voxels of a dataset say."""
 
-    axis: int  # array axis across the slices
+    axis: int  # array axis across the slices of the first case
     geometries: list[Geometry]
+    orders: list[Order]  # array axes of slices, rows and columns of each
     window: tuple[float, float] | None  # of a CT dataset
 
 
@@ -112,15 +116,15 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
 
 def _preprocess(dataset: Dataset, given: dict[str, Any], largest_side: int) -> dict[str, Any]:
     seen = fingerprint(dataset, given)
-    in_plane = [k for k in range(3) if k != seen.axis]
-    spacings = np.array([[g.spacing[::-1][k] for k in in_plane] for g in seen.geometries])
-    sizes = np.array([[g.size[::-1][k] for k in in_plane] for g in seen.geometries])
+    lying = list(zip(seen.geometries, seen.orders, strict=True))
+    spacings = np.array([[geometry.spacing[2 - axis] for axis in order[1:]] for geometry, order in lying])
+    sizes = np.array([[geometry.size[2 - axis] for axis in order[1:]] for geometry, order in lying])
     spacing = given.get("spacing")
     if "spacing" not in given and given.get("spacing_known", True) and (spacings.max(0) > 1.02 * spacings.min(0)).any():
         spacing = [round(float(np.median(spacings)), 3)] * 2
     if spacing:
         sizes = np.rint(sizes * spacings / spacing)
-    wanted = np.maximum(np.median(sizes, axis=0), _foreground_field(dataset, seen.axis, spacing))
+    wanted = np.maximum(np.median(sizes, axis=0), _foreground_field(dataset, seen.orders, spacing))
     field, size = _frame(given.get("field") or wanted.tolist(), given.get("size"), largest_side)
     intensity = {"intensity": "window", "window": list(seen.window)} if seen.window else {"intensity": "percentile"}
     fixed = {"spacing": spacing, "slice_axis": ARRAY_AXES[seen.axis], "field": field, "size": size}
@@ -151,9 +155,11 @@ def fingerprint(dataset: Dataset, given: Mapping[str, Any]) -> Fingerprint:
         axis = ARRAY_AXES.index(given["slice_axis"])
     if axis is None:
         axis = min(range(3), key=lambda k: geometries[0].size[2 - k])
-    is_ct = any(name.strip().lower() == "ct" for name in dataset.channels)
+    frame = frame_of(geometries[0], axis) if geometries[0].direction_known else None
+    orders = [orient(geometry, frame, axis, given.get("spacing_known", True))[0] for geometry in geometries]
+    is_ct = all(name.strip().lower() == "ct" for name in dataset.channels)  # one window for all channels
     wants_window = is_ct and "window" not in given and given.get("intensity", "window") == "window"
-    return Fingerprint(axis, geometries, _window(dataset) if wants_window else None)
+    return Fingerprint(axis, geometries, orders, _window(dataset) if wants_window else None)
 
 
 def _header(path: Path) -> Geometry:
@@ -165,7 +171,7 @@ def _header(path: Path) -> Geometry:
         raise GlocalError(f"{path} cannot be read: run `glocal check` on the dataset.") from error
     if reader.GetDimension() != 3:
         raise GlocalError(f"{path} is not a three-dimensional volume: run `glocal check` on the dataset.")
-    return Geometry(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
+    return geometry_of(reader)
 
 
 def _window(dataset: Dataset) -> tuple[float, float]:
@@ -186,20 +192,20 @@ def _interesting(case: Case) -> Any:
     return values[:: max(1, len(values) // 100_000)]
 
 
-def _foreground_field(dataset: Dataset, axis: int, spacing: list[float] | None) -> Any:
+def _foreground_field(dataset: Dataset, orders: list[Order], spacing: list[float] | None) -> Any:
     """The centred field (rows, columns) that holds every labelled structure of up to 20 cases, with a margin."""
     needed = np.zeros(2)
-    for case in dataset.labelled[:20]:
-        assert case.label is not None
-        labels = read_labels(case.label)
-        plane = np.moveaxis(labels.array[0] > 0, axis, 0).any(0)
+    labelled = [(case.label, order) for case, order in zip(dataset.cases, orders, strict=True) if case.label]
+    for file, order in labelled[:20]:
+        labels = read_labels(file)
+        plane = (labels.array[0] > 0).transpose(order).any(0)
         if not plane.any():
             continue
-        for k, array_axis in enumerate(a for a in range(3) if a != axis):
+        for k, array_axis in enumerate(order[1:]):
             hits = np.flatnonzero(plane.any(1 - k))
             centre = (plane.shape[k] - 1) / 2
             side = 2 * max(centre - hits[0], hits[-1] - centre) + 1
-            zoom = labels.geometry.spacing[::-1][array_axis] / spacing[k] if spacing else 1.0
+            zoom = labels.geometry.spacing[2 - array_axis] / spacing[k] if spacing else 1.0
             needed[k] = max(needed[k], 1.1 * side * zoom)
     return needed
 
