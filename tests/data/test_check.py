@@ -1,7 +1,9 @@
 """The check finds every planted defect, names its case, finds nothing in a sound dataset, and never raises."""
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -130,7 +132,7 @@ DEFECTS: list[tuple[str, str | None, Callable[[Path], object]]] = [
     (
         "label-geometry",
         "a",
-        lambda root: label(root, "a", geometry=replace(GEOMETRY, direction=OBLIQUE, origin=(-10.1, 20.4, 700.7))),
+        lambda root: label(root, "a", geometry=replace(GEOMETRY, direction=OBLIQUE, origin=(-10.1, 20.5, 700.7))),
     ),
     ("label-geometry", "a", lambda root: label(root, "a", geometry=GEOMETRY)),
     ("channel-geometry", "a", second_channel),
@@ -159,6 +161,8 @@ DEFECTS: list[tuple[str, str | None, Callable[[Path], object]]] = [
     ("subjects", None, lambda root: (root / "subjects.tsv").write_text("case\tsubject\na\tp\n")),
     ("label-without-image", "z", lambda root: label(root, "z")),
     ("image-name", None, lambda root: shutil.copy(root / "imagesTr/a_0000.nii.gz", root / "imagesTr/a.nii.gz")),
+    ("image-name", None, lambda root: (root / "imagesTr/a_0000.nii.gz").rename(root / "imagesTr/a_0000.nii")),
+    ("image-name", None, lambda root: (root / "labelsTr/a.nii.gz").rename(root / "labelsTr/a.mha")),
     ("description", None, lambda root: (root / "dataset.json").unlink()),
     ("description", None, lambda root: (root / "dataset.json").write_text("{")),
     ("no-images", None, lambda root: shutil.rmtree(root / "imagesTr")),
@@ -201,6 +205,24 @@ def test_single_precision_is_no_difference(root: Path) -> None:
     origin = tuple(float(np.float32(value)) * (1 + 1e-7) for value in GEOMETRY.origin)
     label(root, "a", geometry=replace(GEOMETRY, direction=OBLIQUE, origin=origin))  # type: ignore[arg-type]
     assert found(root) == {}
+
+
+def test_it_is_as_strict_with_geometries_as_preprocessing(root: Path) -> None:
+    label(root, "a", geometry=replace(GEOMETRY, direction=OBLIQUE, origin=(-10.1, 20.4, 700.7)))  # 1/15 voxel
+    assert found(root) == {}
+    long = replace(GEOMETRY, size=(8, 9, 200))
+    image(root, "b", geometry=long)
+    label(root, "b", np.ones((200, 9, 8), np.uint8), replace(long, spacing=(1.5, 1.5, 8.001)))  # 0.2 mm at the end
+    assert "spacing (1.5, 1.5, 8 against 1.5, 1.5, 8.001)." in found(root)["label-geometry"].message
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_not_utf8_is_found(root: Path) -> None:
+    for name in (b"imagesTr/M\xfcller_0000.nii.gz", b"labelsTr/M\xfcller.nii.gz"):
+        (root / os.fsdecode(name)).touch()
+        text = found(root)["image-name"].message
+        assert "xfcller" in text
+        assert text.isprintable()
 
 
 def test_the_message_says_which_values_differ(root: Path) -> None:

@@ -65,6 +65,13 @@ def dicom(folder: Path, uid: str, patient: str, name: str, slices: int = 4) -> N
         writer.Execute(image)
 
 
+def report(path: Path, kind: str = "1.2.840.10008.5.1.4.1.1.88.11") -> None:
+    """A DICOM file without pixels; the kind says of what: a report, ..."""
+    identifier = kind.encode() + b"\0" * (len(kind) % 2)
+    header = b"\x02\x00\x02\x00UI" + len(identifier).to_bytes(2, "little") + identifier
+    path.write_bytes(bytes(128) + b"DICM" + header + b"\x08\x00\x60\x00CS\x02\x00SR")
+
+
 def traces(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -228,6 +235,19 @@ def test_a_bad_source_is_named_and_leaves_nothing(tmp_path: Path, images: Path) 
     with pytest.raises(GlocalError, match=r"1\.2\.3_3\.dcm cannot be read"):
         collect(images, tmp_path / "out")
     assert traces(tmp_path) == ["in"]
+
+
+def test_dicom_files_without_an_image_are_left_out_and_it_is_said(tmp_path: Path, images: Path) -> None:
+    dicom(images / "series", "1.2.3", "7", "A")
+    report(images / "series" / "report.dcm")
+    report(images / "private.IMA", "1.3.12.2.1107.5.9.1")
+    made = collect(images, tmp_path / "out")
+    assert made.cases == 1
+    assert f"left out: {images / 'private.IMA'}, {images / 'series' / 'report.dcm'}." in made.notes[-1]
+    path = images / "series" / "1.2.3_3.dcm"
+    path.write_bytes(path.read_bytes().partition(b"\xe0\x7f\x10\x00")[0])  # an image, cut off before its pixels
+    with pytest.raises(GlocalError, match=r"1\.2\.3_3\.dcm cannot be read"):
+        collect(images, tmp_path / "out2")
 
 
 def test_folders_it_refuses(tmp_path: Path, images: Path) -> None:

@@ -1,6 +1,9 @@
 """The raw layout: what is read, and every way a dataset can contradict it."""
 
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +74,7 @@ def test_what_is_optional_may_be_absent(root: Path) -> None:
         ({"labels": {"background": 0, "LV": 1, "RV": 1}}, "repetitions"),
         ({"channel_names": {"0": "T1"}}, "_0001"),
         ({"channel_names": {"0": "T1", "1": "T2", "2": "T3"}}, "lacks the channel file _0002"),
-        ({"file_ending": ".mha"}, "no images"),
+        ({"file_ending": ".mha"}, r"a_0000\.nii\.gz does not end in \.mha"),
     ],
 )
 def test_a_wrong_description_is_named(root: Path, changes: dict[str, Any], words: str) -> None:
@@ -110,11 +113,27 @@ def test_files_that_are_missing_or_misnamed(root: Path) -> None:
     with pytest.raises(GlocalError, match=r"name it d_0000\.nii\.gz"):
         read_dataset(root)
     (root / "imagesTr/d.nii.gz").unlink()
+    for other in ("imagesTr/d_0000.nii", "imagesTr/d_0000.NII.GZ", "labelsTr/b.mha"):
+        (root / other).touch()
+        with pytest.raises(GlocalError, match=rf"{other} does not end in \.nii\.gz and would be left out: convert"):
+            read_dataset(root)
+        (root / other).unlink()
     (root / "imagesTr/b_0001.nii.gz").unlink()
     with pytest.raises(GlocalError, match=r"Case b .*lacks the channel file _0001"):
         read_dataset(root)
+    shutil.rmtree(root / "imagesTr")
+    with pytest.raises(GlocalError, match=r"holds no images with the ending \.nii\.gz"):
+        read_dataset(root)
     (root / "dataset.json").unlink()
     with pytest.raises(GlocalError, match="glocal collect"):
+        read_dataset(root)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+@pytest.mark.parametrize("folder", ["imagesTr", "labelsTr"])
+def test_a_name_that_is_not_utf8(root: Path, folder: str) -> None:
+    (root / folder / os.fsdecode(b"M\xfcller_0000.nii.gz")).touch()
+    with pytest.raises(GlocalError, match=r"M\\xfcller_0000\.nii\.gz .* rename it"):
         read_dataset(root)
 
 

@@ -2,6 +2,8 @@
 
 import gzip
 import locale
+import os
+import re
 import struct
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from glocal.data.image import (
     read_file,
     read_image,
     read_labels,
+    readable_name,
     write_image,
     write_like,
     write_volume,
@@ -55,6 +58,7 @@ def write_dicom(
     places: tuple[float, ...] = (0, 5, 10, 15),
     patient: str = "P7",
     modality: str = "MR",
+    axes: tuple[str, ...] = ("1\\0\\0\\0\\1\\0",),
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     writer = sitk.ImageFileWriter()
@@ -71,7 +75,7 @@ def write_dicom(
             "0020|000e": uid,
             "0020|0013": str(number),
             "0020|0032": f"1\\2\\{place}",
-            "0020|0037": "1\\0\\0\\0\\1\\0",
+            "0020|0037": axes[number % len(axes)],
         }
         for tag, value in tags.items():
             image.SetMetaData(tag, value)
@@ -158,6 +162,25 @@ def test_a_truncated_file_is_refused(tmp_path: Path, ending: str, kept: float) -
     path.write_bytes(content[: int(kept * len(content))])
     with pytest.raises(GlocalError, match=r"a\..*cannot be read"):
         read_file(path)
+
+
+def test_a_forbidden_file_is_not_called_corrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_volume(tmp_path / "a.nii.gz", ARRAY, GEOMETRY)
+
+    def forbid(path: Path, mode: str) -> None:
+        raise PermissionError(f"{path}, {mode}")
+
+    monkeypatch.setattr(Path, "open", forbid)
+    with pytest.raises(GlocalError, match=r"permission to read .*a\.nii\.gz"):
+        read_file(tmp_path / "a.nii.gz")
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_it_ends_the_process(tmp_path: Path) -> None:
+    assert readable_name(tmp_path / "Müller.mha") == str(tmp_path / "Müller.mha")
+    path = tmp_path / os.fsdecode(b"M\xfcller.mha")
+    for use in (read_file, dicom_series, lambda path: write_volume(path, ARRAY, GEOMETRY)):
+        with pytest.raises(GlocalError, match=r"M\\xfcller\.mha holds characters that are not UTF-8: rename it"):
+            use(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all", bytes(400)])
@@ -274,10 +297,45 @@ def test_reading_dicom_leaves_the_locale_alone(tmp_path: Path) -> None:
     assert locale.setlocale(locale.LC_ALL) == before
 
 
+AXES = ("1\\0\\0\\0\\1\\0", "1\\0\\0\\0\\0\\-1", "0\\1\\0\\0\\0\\-1")  # three views
+
+
+def test_the_slices_of_one_file_are_a_volume_unless_they_are_frames(tmp_path: Path) -> None:
+    image = sitk.GetImageFromArray(ARRAY.astype(np.uint16))
+    image.SetSpacing((1.25, 0.75, 8.0))
+    for name in ("slices", "in time", "in one place"):
+        (tmp_path / name).mkdir()
+        with same_locale():
+            sitk.WriteImage(image, str(tmp_path / name / "a.dcm"))
+    volume = read_image([tmp_path / "slices"])
+    np.testing.assert_array_equal(volume.array[0], ARRAY.astype(np.uint16))
+    assert volume.geometry == Geometry((14, 12, 5), (1.25, 0.75, 8.0))
+    frames = tmp_path / "in time" / "a.dcm"
+    pointer = b"\x28\x00\x09\x00\x04\x00\x00\x00"  # to what changes from frame to frame: here the time
+    content = frames.read_bytes()
+    place = content.index(pointer) + len(pointer)
+    frames.write_bytes(content[:place] + b"\x18\x00\x63\x10" + content[place + 4 :])
+    frames = tmp_path / "in one place" / "a.dcm"
+    frames.write_bytes(
+        re.sub(
+            rb"(\x20\x00\x32\x00.{4}0\\0\\)[0-9]+",
+            lambda m: m[1].ljust(len(m[0]), b"0"),
+            frames.read_bytes(),
+            flags=re.DOTALL,
+        )
+    )
+    for name in ("in time", "in one place"):
+        with pytest.raises(GlocalError, match="several time frames"):
+            read_file(tmp_path / name)
+
+
 def test_dicom_folders_that_are_no_volume(tmp_path: Path) -> None:
     write_dicom(tmp_path / "gap", places=(0, 5, 15, 20))
     write_dicom(tmp_path / "frames", places=(0, 0, 5, 5))
-    for name in ("gap", "frames"):
+    write_dicom(tmp_path / "cine", places=(0, 0, 0, 0, 0, 0))
+    write_dicom(tmp_path / "localizer", places=(0, 5, 10), axes=AXES)
+    write_dicom(tmp_path / "localizer in one place", places=(0, 0, 0), axes=AXES)
+    for name in ("gap", "frames", "cine", "localizer", "localizer in one place"):
         with pytest.raises(GlocalError, match="even distances"):
             read_file(tmp_path / name)
     write_dicom(tmp_path / "two", uid="1.2.3")

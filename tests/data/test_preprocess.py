@@ -3,6 +3,7 @@ import json
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from pydantic import ValidationError
 from torch.nn.functional import one_hot
@@ -281,6 +282,15 @@ def test_labels_with_gaps_and_empty_datasets_are_refused(tmp_path):
         )
     with pytest.raises(GlocalError, match="no case"):
         make_plan(Dataset(tmp_path, "toy", ("MRI",), LABELS, ".nii.gz", (), None), PreprocessOptions(size=(8, 8)))
+
+
+@pytest.mark.parametrize("shape", [(8, 9), (2, 4, 8, 9)])
+def test_a_first_image_that_is_no_volume_is_refused(tmp_path, shape):
+    dataset = dataset_of(tmp_path, (4, 8, 7), (5, 1, 1))
+    path = dataset.cases[0].images[0]
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros(shape, np.float32), isVector=False), str(path))
+    with pytest.raises(GlocalError, match=rf"{path.name} is not one three-dimensional volume \({len(shape)}-D"):
+        make_plan(dataset, PreprocessOptions(size=(8, 8)))
 
 
 def test_odd_orientations_are_warned_about():

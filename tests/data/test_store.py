@@ -297,6 +297,14 @@ def test_an_interrupt_cancels_what_waits(raw: Path) -> None:
     assert [future.cancelled() for future in executor.futures] == [False, True, True, True]
 
 
+def test_check_is_not_said_to_find_what_only_the_options_make_a_problem(raw: Path) -> None:
+    sparse = np.zeros((2, 12, 9), dtype=np.float32)
+    sparse[0, 0, 0] = 1
+    write_volume(raw / "imagesTr" / "c_0000.nii.gz", sparse, Geometry((9, 12, 2), spacing=(1.0, 1.0, 4.0)))
+    with pytest.raises(GlocalError, match=r"Case c: .*percentiles.*`glocal check .*` lists what else is wrong\.$"):
+        preprocess(raw, raw.parent / "store", PreprocessOptions(size=(6, 5), slice_axis="z"))
+
+
 def test_subjects_that_share_an_image_count_as_one(raw: Path) -> None:
     shutil.copy(raw / "imagesTr" / "a_0000.nii.gz", raw / "imagesTr" / "d_0000.nii.gz")
     store = prepared(raw)

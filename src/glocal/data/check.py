@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from glocal.data import dataset as raw
 from glocal.data.findings import CheckReport, Finding, finding
-from glocal.data.image import FILE_ENDINGS, Geometry, file_ending, geometry_of, is_volume_file, read_file
+from glocal.data.image import FILE_ENDINGS, Geometry, file_ending, geometry_of, is_volume_file, read_file, same_grid
 from glocal.errors import GlocalError
 from glocal.processes import cores
 from glocal.progress import track
@@ -24,7 +24,8 @@ from glocal.progress import track
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
-TOLERANCE = 1e-3  # relative to the spacing; NIfTI rounds to single precision
+TOLERANCE = 1e-3  # of direction cosines
+ROUNDING = 1e-5  # relative to the spacing; NIfTI rounds to single precision
 DISTINCT = 1.1  # slices lie along the axis whose spacing is this much larger than the others, as in preprocessing
 TINY = 20  # voxels of foreground
 FLAT = 3  # a volume this much wider than high hardly has cubic voxels
@@ -89,13 +90,14 @@ def _read_layout(root: Path) -> tuple[_Layout, list[Finding]]:
 
     description = attempt("description", lambda: raw.read_description(root))
     ending = description.file_ending if description else _commonest_ending(root / "imagesTr")
-    images, strays = raw.list_images(root, ending)
-    labels = {path.name.removesuffix(ending): path for path in raw.volumes_in(root / "labelsTr", ending)}
+    images, misnamed = raw.list_images(root, ending)
+    label_files, misnamed_labels = raw.volumes_in(root / "labelsTr", ending)
+    labels = {path.name.removesuffix(ending): path for path in label_files}
     layout = _Layout(images, labels, description)
     subjects = attempt("subjects", lambda: raw.read_subjects(root, list(images))) or {}
     layout.subjects = {case: subjects.get(case, case) for case in images}
     attempt("split", lambda: raw.read_split(root, layout.subjects))
-    findings += [finding("image-name", f"{path} has no channel number.") for path in strays]
+    findings += [finding("image-name", sentence) for sentence in [*misnamed, *misnamed_labels]]
     channels = len(description.channels) if description else max(map(len, images.values()), default=1)
     for case, files in images.items():
         if problem := raw.channel_problem(files, channels):
@@ -219,14 +221,14 @@ def _inspect_label(array: NDArray[Any], description: raw.Description | None, fac
 
 
 def _differences(first: Geometry, second: Geometry) -> str:
-    """In what two geometries differ, with the values; empty if they agree within the tolerance."""
-    near = TOLERANCE * min(first.spacing) + 1e-6 * max(map(abs, first.origin))
-    tolerances = {"size": 0.0, "spacing": TOLERANCE * min(first.spacing), "origin": near, "direction": TOLERANCE}
-    pairs = {name: (getattr(first, name), getattr(second, name)) for name in tolerances}
+    """In what two geometries differ, with the values; empty if they are near enough to be preprocessed."""
+    if same_grid(second, first):
+        return ""
+    names = ("size", "spacing", "origin", "direction")
     return " and ".join(
         f"{name} ({_text(a)} against {_text(b)})"
-        for name, (a, b) in pairs.items()
-        if not np.allclose(a, b, rtol=0, atol=tolerances[name])
+        for name, a, b in ((name, getattr(first, name), getattr(second, name)) for name in names)
+        if not np.allclose(a, b, rtol=1e-6, atol=ROUNDING * min(first.spacing))
     )
 
 

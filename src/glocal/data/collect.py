@@ -17,7 +17,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from glocal.data.dataset import some, write_dataset_json
-from glocal.data.dicom import dicom_files, dicom_series, patient_of, read_dicom
+from glocal.data.dicom import dicom_files, dicom_series, holds_no_image, patient_of, read_dicom
 from glocal.data.image import (
     file_ending,
     is_volume_file,
@@ -72,7 +72,8 @@ def collect(images: Path, dataset: Path, labels: Path | None = None, name: str |
     """
     _refuse_folders(images, dataset, labels)
     label_files = _label_files(images, labels)
-    sources = [*_file_cases(images, _image_files(images, label_files)), *_dicom_cases(images)]
+    dicom_cases, left_out = _dicom_cases(images)
+    sources = [*_file_cases(images, _image_files(images, label_files)), *dicom_cases]
     if not sources:
         raise GlocalError(f"{images} holds no NIfTI, MHA or NRRD file and no DICOM series: choose another folder.")
     sources = _match(sorted(sources, key=lambda source: source.key), label_files, labels or images)
@@ -91,7 +92,7 @@ def collect(images: Path, dataset: Path, labels: Path | None = None, name: str |
         channels=_channel_count(sources),
         labels={f"label_{number}": number for number in range(1, len(values) + 1)},
         mapping=renumbered or None,
-        notes=_notes(known, renumbered),
+        notes=_notes(known, renumbered, left_out),
     )
     with _appearing(dataset) as folder:
         jobs = [_job(source, case, folder, renumbered) for source, case in zip(sources, cases, strict=True)]
@@ -191,9 +192,10 @@ def _file_cases(images: Path, files: Sequence[Path]) -> list[_Source]:
     return [_Source(key, tuple(sorted(paths))) for key, paths in groups.items()]
 
 
-def _dicom_cases(images: Path) -> list[_Source]:
+def _dicom_cases(images: Path) -> tuple[list[_Source], list[str]]:
+    """The DICOM series, and the DICOM files that are left out because they hold no image."""
     folders = [images, *sorted(path for path in images.rglob("*") if path.is_dir() and _visible(path, images))]
-    sources = []
+    sources, left_out = [], []
     for folder in folders:
         # GDCM opens every file to ask what it is: spare it folders that hold nothing but volumes.
         files = {str(p) for p in folder.iterdir() if p.is_file() and not is_volume_file(p) and p.name[0] != "."}
@@ -206,9 +208,11 @@ def _dicom_cases(images: Path) -> list[_Source]:
             own = key.with_name(f"{key.name}_{number}") if len(series) > 1 else key
             sources.append(_Source(own, series=identifier, folder=folder, patient=patient_of(members[0])))
         lost = sorted(path for path in files - known if path.lower().endswith((".dcm", ".ima")))
-        if lost:
-            raise GlocalError(f"{lost[0]} cannot be read as DICOM (truncated or corrupt): export its series again.")
-    return sources
+        for path in lost:
+            if not holds_no_image(Path(path)):
+                raise GlocalError(f"{path} cannot be read as DICOM (truncated or corrupt): export its series again.")
+        left_out += lost
+    return sources, left_out
 
 
 def _channel_count(sources: Sequence[_Source]) -> int:
@@ -294,7 +298,7 @@ def _case_names(sources: Sequence[_Source], subjects: Sequence[str | None]) -> l
     return names
 
 
-def _notes(subjects: Sequence[str | None], renumbered: Mapping[int, int]) -> tuple[str, ...]:
+def _notes(subjects: Sequence[str | None], renumbered: Mapping[int, int], left_out: Sequence[str]) -> tuple[str, ...]:
     known = sum(subject is not None for subject in subjects)
     guess = "one subject for every DICOM patient" if known else "one subject for every case"
     notes = [f"subjects.tsv is a guess ({guess}): correct it, so that cases of one person are never parted."]
@@ -302,6 +306,8 @@ def _notes(subjects: Sequence[str | None], renumbered: Mapping[int, int]) -> tup
     if renumbered:
         values = ", ".join(f"{old} became {new}" for old, new in renumbered.items())
         notes.append(f"Label values were renumbered: {values}. dataset.json keeps this under collected.")
+    if left_out:
+        notes.append(f"DICOM files without an image (reports, structure sets, ...) were left out: {some(left_out)}.")
     return tuple(notes)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from glocal.data.image import FILE_ENDINGS
+from glocal.data.image import FILE_ENDINGS, is_volume_file, readable_name
 from glocal.errors import GlocalError
 from glocal.files import read_json, write_json
 
@@ -85,11 +85,10 @@ def read_dataset(root: Path) -> Dataset:
         GlocalError: no dataset here, or dataset.json, the images, subjects.tsv or split.json contradict the layout.
     """
     description = read_description(root)
-    images, strays = list_images(root, description.file_ending)
-    if strays:
-        ending = description.file_ending
-        stem = strays[0].name.removesuffix(ending)
-        raise GlocalError(f"{strays[0]} has no channel number: name it {stem}_0000{ending}.")
+    images, misnamed = list_images(root, description.file_ending)
+    misnamed += volumes_in(root / "labelsTr", description.file_ending)[1]
+    if misnamed:
+        raise GlocalError(misnamed[0])
     if not images:
         raise GlocalError(f"{root / 'imagesTr'} holds no images with the ending {description.file_ending}.")
     for case, files in images.items():
@@ -173,22 +172,35 @@ def _read_labels(path: Path, labels: Any) -> dict[str, int]:
     return dict(labels)
 
 
-def list_images(root: Path, ending: str) -> tuple[dict[str, dict[int, Path]], list[Path]]:
-    """The files of `imagesTr` by case and channel number, and those whose names have no channel number."""
+def list_images(root: Path, ending: str) -> tuple[dict[str, dict[int, Path]], list[str]]:
+    """The files of `imagesTr` by case and channel number, and a sentence for each that is misnamed."""
     cases: dict[str, dict[int, Path]] = {}
-    strays = []
-    for path in volumes_in(root / "imagesTr", ending):
+    paths, misnamed = volumes_in(root / "imagesTr", ending)
+    for path in paths:
         match = re.fullmatch(r"(.+)_(\d{4})", path.name.removesuffix(ending))
         if match:
             cases.setdefault(match[1], {})[int(match[2])] = path
         else:
-            strays.append(path)
-    return dict(sorted(cases.items())), strays
+            stem = path.name.removesuffix(ending)
+            misnamed.append(f"{path} has no channel number: name it {stem}_0000{ending}.")
+    return dict(sorted(cases.items())), misnamed
 
 
-def volumes_in(folder: Path, ending: str) -> list[Path]:
-    """The files of a folder with an ending, sorted; hidden files are left out; none if there is no folder."""
-    return sorted(path for path in folder.glob(f"*{ending}") if path.is_file() and not path.name.startswith("."))
+def volumes_in(folder: Path, ending: str) -> tuple[list[Path], list[str]]:
+    """The volumes of a folder with an ending, sorted, and a sentence for every other; none if there is no folder."""
+    found, misnamed = [], []
+    for path in sorted(path for path in folder.glob("*") if is_volume_file(path) and path.is_file()):
+        try:
+            readable_name(path)
+        except GlocalError as error:
+            misnamed.append(str(error))
+            continue
+        if path.name.endswith(ending):
+            found.append(path)
+        else:
+            way_out = "convert or remove it, or correct file_ending in dataset.json"
+            misnamed.append(f"{path} does not end in {ending} and would be left out: {way_out}.")
+    return found, misnamed
 
 
 def channel_problem(files: Mapping[int, Path], channels: int) -> str | None:

@@ -1,14 +1,37 @@
 """DICOM: the series of a folder, and a series as one volume."""
 
 import locale
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+from numpy.typing import NDArray
 
 from glocal.errors import GlocalError
+
+_CLASS = re.compile(rb"\x02\x00\x02\x00UI..([0-9.]+)", re.DOTALL)  # of what a file's header says it holds
+# The classes of images; 4.2, MR spectroscopy, is none.
+_IMAGE = re.compile(rb"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(?!4\.2$)([1-7]|1[234]|20|30|66\.4|77|128|130|481\.[12])(\.|$)")
+_PIXELS = b"\xe0\x7f\x10\x00"  # the tag before them
+
+
+def readable_name(path: str | Path) -> str:
+    """A path as SimpleITK takes it: any other ends the whole process.
+
+    Raises:
+        GlocalError: the name is not UTF-8, as in old archives of another system.
+    """
+    name = os.fspath(path)
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(name).decode("utf-8", "backslashreplace")
+        raise GlocalError(f"The name of {shown} holds characters that are not UTF-8: rename it.") from error
+    return name
 
 
 @contextmanager
@@ -24,22 +47,22 @@ def same_locale() -> Iterator[None]:
 @same_locale()
 def dicom_series(folder: Path) -> tuple[str, ...]:
     """The identifiers of the DICOM series in a folder (subfolders are not looked at)."""
-    return tuple(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
+    return tuple(sitk.ImageSeriesReader.GetGDCMSeriesIDs(readable_name(folder)))
 
 
 @same_locale()
 def dicom_files(folder: Path, series: str) -> tuple[str, ...]:
     """The files of one DICOM series, in the order of their slices."""
-    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series)
+    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(readable_name(folder), series)
     if files:
         # GDCM sorts some storage classes by name until ITK has read one image, and by place from then on: a mask would
         # be written in another order than its image was read in.
         reader = sitk.ImageFileReader()
-        reader.SetFileName(files[0])
+        reader.SetFileName(readable_name(files[0]))
         with suppress(RuntimeError):  # reading the series says what is wrong with it
             reader.ReadImageInformation()
-        files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series)
-    return tuple(files)
+        files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(readable_name(folder), series)
+    return tuple(readable_name(file) for file in files)
 
 
 @same_locale()
@@ -47,22 +70,23 @@ def read_dicom(folder: Path, series: str) -> sitk.Image:
     """Read one DICOM series of a folder as a volume.
 
     Raises:
-        GlocalError: unreadable files, or slices that are not at even distances (missing, or several time frames).
+        GlocalError: unreadable files, or slices that are not parallel and at even distances (missing, several time
+            frames, or a localizer).
     """
+    files = dicom_files(folder, series)
     reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(dicom_files(folder, series))
+    reader.SetFileNames(files)
     reader.MetaDataDictionaryArrayUpdateOn()
     try:
         image = reader.Execute()
     except RuntimeError as error:
+        if "Zero-valued spacing" in str(error):  # the frames of one file, all at one place
+            raise _no_volume(folder, files) from error
         raise GlocalError(f"The DICOM series in {folder} cannot be read: export it again.") from error
-    # ITK would quietly squeeze the remaining slices into an even grid, and every distance along z would be wrong.
-    if image.HasMetaDataKey("ITK_non_uniform_sampling_deviation") and _uneven(reader, image.GetSize()[2]):
-        raise GlocalError(
-            f"The slices of the DICOM series in {folder} are not at even distances (slices are missing, or it holds "
-            "several time frames): export it again, one complete volume per series."
-        )
-    return image
+    # ITK would quietly squeeze any slices into an even grid, and every distance along z would be wrong or invented.
+    if not _one_stack(reader, len(files)):
+        raise _no_volume(folder, files)
+    return image[:, :, :, 0] if image.GetSize()[3:] == (1,) else image  # one file with all slices as its frames
 
 
 @same_locale()
@@ -73,7 +97,7 @@ def patient_of(file: str) -> tuple[str, str]:
         GlocalError: an unreadable file.
     """
     reader = sitk.ImageFileReader()
-    reader.SetFileName(file)
+    reader.SetFileName(readable_name(file))
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
@@ -82,8 +106,39 @@ def patient_of(file: str) -> tuple[str, str]:
     return tags[0], tags[1]
 
 
-def _uneven(reader: sitk.ImageSeriesReader, slices: int) -> bool:
-    places = [reader.GetMetaData(k, "0020|0032") for k in range(slices)]
-    points = np.array([[float(value) for value in place.split("\\")] for place in places])
-    steps = np.linalg.norm(np.diff(points, axis=0), axis=1)
-    return bool(np.any(np.abs(steps - np.median(steps)) > 0.05 * np.median(steps)))
+def holds_no_image(path: Path) -> bool:
+    """Whether a DICOM file is of a kind without pixels (a report, structure set, plan, ...), and no cut-off image."""
+    content = path.read_bytes()
+    kind = _CLASS.search(content, 132, 1024) if content[128:132] == b"DICM" else None
+    return kind is not None and not _IMAGE.match(kind[1]) and _PIXELS not in content
+
+
+def _no_volume(folder: Path, files: tuple[str, ...]) -> GlocalError:
+    return GlocalError(
+        f"The DICOM series of {Path(files[0]).name} in {folder} is no volume of parallel slices at even distances "
+        "(slices are missing, or it holds several time frames or views): leave it out, or export it again, one "
+        "complete volume per series."
+    )
+
+
+def _one_stack(reader: sitk.ImageSeriesReader, files: int) -> bool:
+    """Whether the slices are parallel and at even distances, as far as they say where they lie."""
+    axes, places = _numbers(reader, files, "0020|0037"), _numbers(reader, files, "0020|0032")
+    if axes is not None and np.ptp(axes, axis=0).max() > 0.01:
+        return False
+    if files == 1 or places is None:
+        frames = reader.GetMetaData(0, "0028|0009") if reader.HasMetaDataKey(0, "0028|0009") else ""
+        return "0018,106" not in frames  # the frames of one file follow each other in time
+    steps = np.linalg.norm(np.diff(places, axis=0), axis=1)
+    usual = np.median(steps)
+    return bool(usual > 0.01 and np.all(np.abs(steps - usual) <= 0.05 * usual))
+
+
+def _numbers(reader: sitk.ImageSeriesReader, files: int, tag: str) -> NDArray[np.float64] | None:
+    """What every file says under a tag of several numbers, `(files, numbers)`; None where one does not say."""
+    if not all(reader.HasMetaDataKey(k, tag) for k in range(files)):
+        return None
+    try:
+        return np.array([[float(value) for value in reader.GetMetaData(k, tag).split("\\")] for k in range(files)])
+    except ValueError:  # empty or malformed
+        return None

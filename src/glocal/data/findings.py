@@ -10,7 +10,7 @@ Severity = Literal["error", "warning", "note"]
 RULES: dict[str, tuple[Severity, str]] = {
     "description": ("error", "Correct dataset.json; `glocal collect` writes one for a folder of images."),
     "no-images": ("error", "Put images as CASE_0000.nii.gz into imagesTr, or let `glocal collect` do it."),
-    "image-name": ("error", "Name every image CASE_0000 plus its ending, the number being the channel."),
+    "image-name": ("error", "Name every image CASE_0000 and every label map CASE, each with the dataset's ending."),
     "channels": ("error", "Give every case one file per channel of channel_names in dataset.json."),
     "subjects": ("error", "Correct subjects.tsv: one line `case<TAB>subject` for every case."),
     "split": ("error", "Correct split.json: lists of case names, all cases of a subject in one list."),

@@ -17,6 +17,7 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from glocal.data.dicom import dicom_series, read_dicom
+from glocal.data.dicom import readable_name as readable_name
 from glocal.errors import GlocalError
 from glocal.files import replacing
 
@@ -85,8 +86,8 @@ def read_file(path: Path) -> sitk.Image:
     """Read one file, or one DICOM series (a folder), as SimpleITK has it.
 
     Raises:
-        GlocalError: missing, truncated, corrupt or unknown file; sheared axes; a folder without exactly one readable
-            DICOM series.
+        GlocalError: missing, forbidden, truncated, corrupt or unknown file; sheared axes; a folder without exactly one
+            readable DICOM series; a name that is not UTF-8.
     """
     if path.is_dir():
         series = dicom_series(path)
@@ -95,12 +96,17 @@ def read_file(path: Path) -> sitk.Image:
                 f"{path} holds {len(series) or 'no'} DICOM series where one is expected: give each its own folder."
             )
         return read_dicom(path, series[0])
+    name = readable_name(path)
     if not path.is_file():
         raise GlocalError(f"{path} does not exist.")
+    try:
+        path.open("rb").close()  # ITK does not tell a forbidden file from a corrupt one
+    except PermissionError as error:
+        raise GlocalError(f"You lack the permission to read {path}: ask its owner for it.") from error
     nifti = path.name.lower().endswith((".nii", ".nii.gz"))
     try:
         # Without a name for the format, ITK opens the file once for each that it knows.
-        image = sitk.ReadImage(str(path), imageIO="NiftiImageIO" if nifti else "")
+        image = sitk.ReadImage(name, imageIO="NiftiImageIO" if nifti else "")
     except RuntimeError as error:
         if "orthonormal" in str(error):
             raise GlocalError(
@@ -167,6 +173,11 @@ def read_image(paths: Sequence[Path]) -> Volume:
     return Volume(array, geometry)
 
 
+def same_grid(found: Geometry, wanted: Geometry) -> bool:
+    """Whether two volumes lie voxel on voxel, within a tenth of a voxel."""
+    return found.size == wanted.size and _apart(found, wanted) <= _SHIFT_IN_VOXELS * min(wanted.spacing)
+
+
 def require_same_grid(found: Geometry, wanted: Geometry, path: Path, reference: Path) -> None:
     """Refuse a volume that does not lie voxel on voxel with its reference, within a tenth of a voxel.
 
@@ -178,12 +189,17 @@ def require_same_grid(found: Geometry, wanted: Geometry, path: Path, reference: 
             f"{path} has size {found.size} (x, y, z) and {reference} {wanted.size}: they must lie voxel on voxel, so "
             "write one in the geometry of the other."
         )
-    apart = float(np.linalg.norm(_corners(found) - _corners(wanted), axis=1).max())
-    if apart > _SHIFT_IN_VOXELS * min(wanted.spacing):
+    if not same_grid(found, wanted):
+        apart = _apart(found, wanted)
         raise GlocalError(
             f"{path} lies up to {apart:.3g} mm away from {reference} (other spacing, origin or direction in the "
             "header): write one with the header of the other."
         )
+
+
+def _apart(found: Geometry, wanted: Geometry) -> float:
+    """How many mm the voxels of two grids of one size lie apart at most."""
+    return float(np.linalg.norm(_corners(found) - _corners(wanted), axis=1).max())
 
 
 def _corners(geometry: Geometry) -> NDArray[np.float64]:
@@ -265,6 +281,7 @@ def write_image(path: Path, image: sitk.Image) -> None:
     Raises:
         GlocalError: the format of `path` cannot be written or cannot hold the geometry, or there is no space.
     """
+    readable_name(path)
     axes = np.reshape(image.GetDirection(), (image.GetDimension(), -1))
     if ".nii" in file_ending(path).lower() and not np.allclose(axes.T @ axes, np.eye(len(axes)), atol=1e-3):
         raise GlocalError(f"{path} cannot hold axes that are not at right angles: resample the volume first.")

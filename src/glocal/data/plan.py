@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from glocal.data.dataset import Dataset
-from glocal.data.image import geometry_of, read_file
+from glocal.data.image import read_image
 from glocal.data.orientation import ARRAY_AXES, Frame, distinct_axis, frame_of
 from glocal.errors import GlocalError
 
@@ -84,7 +84,7 @@ def make_plan(dataset: Dataset, options: PreprocessOptions) -> Plan:
     """Resolve the options for a dataset; its first case gives the reference frame.
 
     Raises:
-        GlocalError: no case, labels not numbered 0, 1, 2, ..., or an unreadable first image.
+        GlocalError: no case, labels not numbered 0, 1, 2, ..., or a first image that is unreadable or not 3-D.
     """
     if not dataset.cases:
         raise GlocalError(f"{dataset.root} holds no case: put images into its imagesTr folder.")
@@ -92,7 +92,7 @@ def make_plan(dataset: Dataset, options: PreprocessOptions) -> Plan:
     if values != list(range(len(values))) or len(values) > 256:
         raise GlocalError(f"The labels in {dataset.root / 'dataset.json'} must be numbered 0, 1, 2, ... not {values}.")
     first = dataset.cases[0]
-    geometry = geometry_of(read_file(first.images[0]))
+    geometry = read_image(first.images[:1]).geometry
     warnings: list[str] = []
     axis = distinct_axis(geometry) if options.spacing_known else None
     if axis is not None and options.slice_axis not in ("auto", ARRAY_AXES[axis]):

@@ -145,7 +145,7 @@ def _prepare_case(case: Case, root: Path, store: Path, plan: Plan) -> Record:
         try:
             arrays, found = _arrays(case, plan)
         except GlocalError as error:
-            raise GlocalError(f"Case {case.name}: {error} `glocal check {root}` lists all such cases.") from error
+            raise GlocalError(f"Case {case.name}: {error} `glocal check {root}` lists what else is wrong.") from error
         (store / "index.json").unlink(missing_ok=True)  # unfinished from now on
         _record_path(case, store).unlink(missing_ok=True)
         for target, array in zip(_targets(case, store), arrays, strict=True):
