@@ -188,10 +188,11 @@ def test_idle_weights_stay_and_begin_cold(tmp_path: Path, optimizer: Any) -> Non
         torch.testing.assert_close(clipped.weight, torch.full((3, 2), 1 - step))
 
 
+@pytest.mark.parametrize("clip", [0.0, 1.0])
 @pytest.mark.parametrize("step", [0, 4, 11])
-def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path, step: int) -> None:
+def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path, step: int, clip: float) -> None:
     with pytest.raises(GlocalError, match=r"The loss became nan in iteration .* lower learning_rate"):
-        train(Learner(poison_at=step), options(), tmp_path, "test")
+        train(Learner(poison_at=step), options(gradient_clip=clip), tmp_path, "test")
 
 
 @pytest.mark.usefixtures("_checkpoint_always")

@@ -12,7 +12,7 @@ from glocal.errors import GlocalError
 from glocal.inference import folded, slice_probabilities
 from glocal.model import add_provenance, load_network, read_header, save_model
 from glocal.networks.bcdu_net import BCDUNetOptions
-from glocal.networks.registry import build
+from glocal.networks.registry import NETWORKS, build
 from glocal.networks.several_decoders import SeveralDecodersOptions, with_decoders
 from glocal.networks.unet import UNetOptions
 from glocal.views.moves import Move, moves
@@ -204,6 +204,7 @@ def test_decoders_are_averaged_for_uncertainty(model: Any, predict: Any, every: 
     with torch.no_grad():
         found = models.networks[0](images).softmax(1)
         each = torch.stack([logits.softmax(1) for logits in models.networks[0].each(images)])
+    assert models.papers[0] == NETWORKS["unet"].paper
     averaged = predict == "mean" or every
     assert torch.allclose(found, each.mean(0) if averaged else each[0], atol=1e-5)
     assert ("2 decoders" in vary.sentence(True)) == averaged

@@ -98,6 +98,15 @@ def test_how_many_slices_run_at_once_does_not_matter(
     assert torch.allclose(torch.cat(parts), expected, atol=1e-4)
 
 
+def test_nothing_is_rounded_away_in_prediction(network: nn.Module) -> None:
+    seen = []
+    network.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    before = torch.backends.cudnn.allow_tf32
+    list(slice_probabilities(network.eval(), slices(3), torch.device("cpu")))
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
 def test_the_mask_is_the_largest_restored_probability() -> None:
     """Slices along x, two axes reversed, native pixels of another size, a field that is cropped and padded."""
     undo = Undo((2, 0, 1), (True, False, True), (5, 17, 30), (20, 26), (24, 20), (16, 16))

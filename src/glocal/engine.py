@@ -200,7 +200,8 @@ def iterate(fabric: Fabric, module: Any, optimizer: Any, options: TrainingOption
     for weight in getattr(module, "idle", lambda step: ())(step):
         weight.grad = None  # only now: DistributedDataParallel waits for every gradient
     if options.gradient_clip:
-        fabric.clip_gradients(module, optimizer, max_norm=options.gradient_clip)
+        # What is not finite shows in the next loss, and is said there.
+        fabric.clip_gradients(module, optimizer, max_norm=options.gradient_clip, error_if_nonfinite=False)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return losses

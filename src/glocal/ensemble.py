@@ -203,8 +203,8 @@ def _views(file: Path, header: Header) -> list[Move]:
     found = moves(SpatialOptions.model_validate(augmentation), header.plan.options.size)
     if len(found) == 1:
         raise GlocalError(
-            f"{file} was trained on slices that were never turned, zoomed, shifted or mirrored, so it knows no moved "
-            "ones: leave --tta out."
+            f"{file} was trained on slices that were never turned, zoomed, shifted or mirrored (windows, stretching "
+            "and elastic changes do not count), so it knows no moved ones: leave --tta out."
         )
     return found
 

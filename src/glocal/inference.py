@@ -17,7 +17,7 @@ from glocal.data.image import read_image, write_like
 from glocal.data.inputs import Input, list_inputs
 from glocal.data.plan import Plan
 from glocal.data.prepare import prepare, restore
-from glocal.devices import device_named
+from glocal.devices import device_named, whole_float32
 from glocal.ensemble import Ensemble, Models, Variation, softened
 from glocal.errors import GlocalError
 from glocal.files import digest, read_json, replacing, write_json
@@ -66,7 +66,9 @@ def slice_probabilities(network: nn.Module, images: Tensor, device: torch.device
     """
     at_once = max(1, _PIXELS_AT_ONCE[device.type] // images[0, 0].numel())
     for part in torch.split(images, at_once):  # in float32 on every device, so that masks do not depend on it
-        yield network(part.to(device)).float().softmax(1).cpu()
+        with whole_float32():
+            found = network(part.to(device)).float().softmax(1).cpu()
+        yield found
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def predict(
         _refuse_changes(out, record["cases"], inputs, maps)
     record |= {
         "summary": vary.sentence(uncertainty),
-        "calibration": models.sentence(vary.several),
+        "calibration": models.sentence(vary.several or "decoders" in vary.options),
         "temperature": maps.temperature,
     }
     record["papers"] = models.papers

@@ -18,6 +18,7 @@ from glocal.data.plan import Plan
 from glocal.errors import GlocalError
 from glocal.files import replacing
 from glocal.networks.registry import NETWORKS, TrainedOptions, build
+from glocal.networks.several_decoders import SeveralDecodersOptions
 
 
 class Header(BaseModel):
@@ -36,7 +37,8 @@ class Header(BaseModel):
     def papers(self) -> list[str]:
         """What to cite: the papers of the network, and of the strategy and the pre-training that trained it."""
         trained = self.provenance.get("papers") or [self.provenance["paper"]]
-        return list(dict.fromkeys([NETWORKS[self.network.name].paper, *trained]))
+        network = self.network.of if isinstance(self.network, SeveralDecodersOptions) else self.network
+        return list(dict.fromkeys([NETWORKS[network.name].paper, *trained]))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from method_checks import ALL, MethodChecks
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from glocal import engine
+from glocal.checkpoints import training_state
 from glocal.contrast.regions import local_masks
 from glocal.data.plan import PreprocessOptions
 from glocal.data.preprocess import preprocess
@@ -16,6 +18,7 @@ from glocal.data.store import Store
 from glocal.errors import GlocalError
 from glocal.networks.heads import DenseHead, GlobalHead
 from glocal.pretraining import base, gcl
+from glocal.pretraining import pretrain as pretraining
 from glocal.pretraining.base import COLLAPSED, Stage
 from glocal.pretraining.gcl import Global, Joint, Local
 from glocal.pretraining.pretrain import pretrain
@@ -307,6 +310,34 @@ def test_what_cannot_be_learnt_is_refused_before_anything_is_written(
     with pytest.raises(GlocalError, match=sentence):
         pretrain(store, tmp_path / "run", settings, split=Split(0, cases, (), ()))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_second_stage_computes_as_the_first_has_begun(
+    store: Store, tmp_path: Path, cheap: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**cheap, **WIDTHS, "method": "gcl", "max_iterations": 2, "precision": "auto"}
+    work, threads = pretraining.train, torch.get_num_threads()
+
+    def stopped(stage: Any, *words: Any) -> list[str]:
+        if isinstance(stage, Local):
+            raise KeyboardInterrupt
+        return work(stage, *words)
+
+    try:
+        torch.set_num_threads(2)
+        monkeypatch.setattr(engine, "precision_of", lambda _, asked: "bfloat16" if asked == "auto" else asked)
+        monkeypatch.setattr(pretraining, "train", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(store, tmp_path, settings)
+        monkeypatch.setattr(pretraining, "train", work)
+        torch.set_num_threads(1)  # another machine
+        monkeypatch.setattr(engine, "precision_of", lambda _, asked: "float32" if asked == "auto" else asked)
+        pretrain(store, tmp_path, settings)
+    finally:
+        torch.set_num_threads(threads)
+    for stage in ("stage-1-global", "stage-2-local"):
+        state = training_state(tmp_path / stage)
+        assert (state["precision"], state["threads"]) == ("bfloat16", 2)
 
 
 def test_regions_lie_where_the_image_is(

@@ -66,6 +66,7 @@ def generator(seed: int) -> torch.Generator:
         ({"flip": (0.0, 0.5)}, 2),
         ({"flip": (0.5, 0.0)}, 2),
         ({"shift": 0.1}, 5),
+        ({"rotation": 5.0, "shift": 0.1, "scale": (0.9, 1.2), "flip": (0.0, 0.5), "probability": 0.0}, 2),
     ],
 )
 def test_what_training_did_not_do_is_not_done(options: dict[str, object], count: int) -> None:

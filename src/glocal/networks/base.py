@@ -4,6 +4,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from glocal.distributed import world_size
 from glocal.errors import GlocalError
 
 
@@ -102,7 +103,7 @@ class SegmentationNetwork(nn.Module):
                 f"pixel at {self.multiple}: use a larger image size, or fewer network levels."
             )
         bottleneck_pixels = -(-height // self.multiple) * -(-width // self.multiple)
-        if self.bottleneck_norm == "batch" and self.training and len(x) * bottleneck_pixels == 1:
+        if self.bottleneck_norm == "batch" and self.training and len(x) * bottleneck_pixels * world_size() == 1:
             raise GlocalError(
                 f"One image of {height} x {width} pixels leaves batch normalisation a single value to train on: "
                 "use a larger batch, a larger image size, or fewer network levels."

@@ -170,6 +170,7 @@ def _train_stages(method: Method, options: TrainingOptions, pools: list[Pool], r
     warnings: list[str] = []
     before: Path | None = None
     trained: tuple[str, ...] = ()
+    kept: dict[str, Any] = {}  # precision and threads of the first stage, whichever machine continues
     for number, (name, make) in enumerate(method.stages(options), start=1):
         folder = stage_folder(run, number, name)
         folder.mkdir(exist_ok=True)
@@ -186,10 +187,12 @@ def _train_stages(method: Method, options: TrainingOptions, pools: list[Pool], r
         if before.exists():
             warnings += training_state(folder).get("warnings", [])
         else:
-            warnings += train(stage, options, folder, f"{run.name}: {name}")
+            warnings += train(stage, options.model_copy(update=kept), folder, f"{run.name}: {name}")
             provenance = {**header.provenance, "stage": name, "parts": list(trained)}
             stage_header = header.model_copy(update={"provenance": provenance})
             first_decides(partial(save_model, before, _parts(stage.network, trained), stage_header))
+        state = first_decides(partial(training_state, folder))
+        kept = {key: state[key] for key in ("precision", "threads")}
     return warnings
 
 

@@ -47,8 +47,9 @@ def moves(trained: SpatialOptions, size: tuple[int, int]) -> list[Move]:
     Returns:
         The slice as it is, alone if training moved nothing, and the others.
     """
-    degrees, shift = _PART * trained.rotation, _PART * trained.shift
-    zooms = {1: max(1.0, trained.scale[1]) ** _PART, -1: min(1.0, trained.scale[0]) ** _PART}
+    part = _PART if trained.probability else 0.0
+    degrees, shift = part * trained.rotation, part * trained.shift
+    zooms = {1: max(1.0, trained.scale[1]) ** part, -1: min(1.0, trained.scale[0]) ** part}
     found = [torch.eye(3, dtype=torch.float64)]
     for turn, zoom in product((1, -1), (1, -1)):
         found.append(_matrix(degrees * turn, zooms[zoom], (shift * turn * zoom, shift * turn), size))
@@ -65,8 +66,9 @@ def refuse_still(trained: SpatialOptions, asked: str) -> None:
     """
     if len(moves(trained, (1, 1))) == 1:
         raise GlocalError(
-            f"{asked}, but slices are never turned, zoomed, shifted or mirrored in this fine-tuning, so its network "
-            "will know no moved views: leave it out, or move slices by augmentation.spatial."
+            f"{asked}, but slices are never turned, zoomed, shifted or mirrored in this fine-tuning (windows, "
+            "stretching and elastic changes do not count), so its network will know no moved views: leave it out, or move slices "
+            "by augmentation.spatial."
         )
 
 
