@@ -67,8 +67,8 @@ def refuse_still(trained: SpatialOptions, asked: str) -> None:
     if len(moves(trained, (1, 1))) == 1:
         raise GlocalError(
             f"{asked}, but slices are never turned, zoomed, shifted or mirrored in this fine-tuning (windows, "
-            "stretching and elastic changes do not count), so its network will know no moved views: leave it out, or move slices "
-            "by augmentation.spatial."
+            "stretching and elastic changes do not count), so its network will know no moved views: leave it out, or "
+            "move slices by augmentation.spatial."
         )
 
 
