@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from glocal import __version__
 from glocal.data.image import read_file, read_image, read_labels
 from glocal.data.orientation import Undo
-from glocal.evaluation.cases import ORDER, cases_table
+from glocal.evaluation.cases import ORDER, cases_table, doubt
 from glocal.files import replacing
 from glocal.progress import track
 from glocal.reporting.html import Cell, Picture, Report, Section, Table, papers, write_report
@@ -67,8 +67,9 @@ def write_page(path: Path, record: Mapping[str, Any], table: pd.DataFrame, label
         *papers(record["papers"]),
     ]
     footer = f"Made by glocal {__version__} on {datetime.now(UTC):%Y-%m-%d}. Research software, not a medical device."
-    warnings = [record["calibration"]] if record["temperature"] is None else []
-    lead += "" if warnings else f" {record['calibration']}"
+    calibrated = record["temperature"] is not None
+    warnings = [text for text in (doubt(table), None if calibrated else record["calibration"]) if text]
+    lead += f" {record['calibration']}" if calibrated else ""
     write_report(Report("Predictions", lead, figures, warnings, sections, footer), path)
 
 
@@ -81,8 +82,9 @@ def _is_there(out: Path, case: Mapping[str, Any]) -> bool:
 
 def _reading(shown: int, cases: int) -> str:
     text = (
-        "Above the predicted structures, below the uncertainty from black (sure) to white (unsure), on the same scale "
-        "in all pictures; slices are spread over the structures, and the most uncertain one is among them."
+        "Above the predicted structures, below the uncertainty from black (0, sure) to pale yellow (1, unsure), on the "
+        "same scale in all pictures, with the outlines of the structures; slices are spread over the structures, and "
+        "the most uncertain one is among them."
     )
     return text if shown == cases else f"{text} Of the {cases} cases {shown} are shown, the first that have all files."
 

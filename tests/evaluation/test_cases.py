@@ -3,7 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glocal.evaluation.cases import Measures, case_measures, cases_table
+from glocal.evaluation.cases import UNSURE, Measures, case_measures, cases_table, doubt
 
 LABELS = {"background": 0, "wall": 1, "blood": 2, "clot": 3}
 
@@ -56,7 +56,7 @@ def test_pieces_that_most_cases_have_are_no_flag() -> None:
     assert (cases_table({"0": cases["0"]})["flags"] == "kidneys is in 2 pieces").all()  # nothing to compare with
 
 
-@pytest.mark.parametrize(("value", "flagged"), [(0.103, False), (0.113, False), (0.13, True), (0.5, True)])
+@pytest.mark.parametrize(("value", "flagged"), [(0.103, False), (0.113, False), (0.13, True), (0.49, True)])
 def test_uncertain_is_relative_to_the_others(value: float, flagged: bool) -> None:
     others = {str(k): measures(0.098 + 0.001 * k, wall=1) for k in range(5)}
     table = cases_table({**others, "odd": measures(value, wall=1)})
@@ -64,6 +64,31 @@ def test_uncertain_is_relative_to_the_others(value: float, flagged: bool) -> Non
     assert list(table["flags"]) == ["more uncertain than the others" * flagged, *[""] * 5]
     few = cases_table({"0": others["0"], "odd": measures(value, wall=1)})
     assert (few["flags"] == "").all()
+
+
+def test_when_all_are_unsure_it_is_said_of_each_and_of_all() -> None:
+    cases = {str(k): measures(0.95 + 0.005 * k, wall=1) for k in range(5)}
+    table = cases_table(cases)
+    assert (table["flags"] == UNSURE).all()
+    assert "Most cases are unsure almost everywhere: the model may not know images of this kind" in str(doubt(table))
+    sure = {str(k): measures(0.1, wall=1) for k in range(5, 11)}
+    assert doubt(cases_table(cases | sure)) is None
+    assert doubt(cases_table({"a": measures(None, wall=1)})) is None
+
+
+@pytest.mark.parametrize(
+    ("volume", "much"), [(0.1, "smaller"), (1.9, "smaller"), (2.1, ""), (49.0, ""), (51.0, "larger")]
+)
+def test_a_volume_that_no_other_case_has_is_flagged(volume: float, much: str) -> None:
+    cases = {str(k): {**measures(wall=1), "volume": {"wall": 9.0 + k / 2}} for k in range(5)}
+    odd: Any = {**measures(wall=1), "volume": {"wall": volume}}
+    flags = cases_table({**cases, "odd": odd, "another": cases["2"]}).set_index("case")["flags"]  # type: ignore[dict-item]
+    assert flags["odd"] == (f"wall is much {much} than usual ({volume:.1f} ml; median 10.0)" if much else "")
+    assert (flags.drop("odd") == "").all()
+    few = cases_table({"0": cases["0"], "odd": odd})  # type: ignore[dict-item]
+    assert (few["flags"] == "").all()
+    unknown: Any = {**measures(wall=1), "volume": {"wall": None}}
+    assert (cases_table({str(k): unknown for k in range(5)})["flags"] == "").all()
 
 
 def test_without_uncertainty_there_is_none() -> None:

@@ -1,5 +1,6 @@
 """The report of a run says in words what was done, whatever the budgets and the splits."""
 
+import json
 import shutil
 from html import escape
 from pathlib import Path
@@ -15,6 +16,7 @@ from glocal.data.split import ProtocolOptions, Split
 from glocal.experiments.probed import all_probed, probed, verdict
 from glocal.experiments.report import _budget, _lead, report
 from glocal.experiments.run import run
+from glocal.experiments.sections import curve
 from glocal.files import read_json, write_json
 from glocal.finetuning.finetune import finetune
 from glocal.finetuning.measure import evaluation_of
@@ -158,3 +160,11 @@ def test_the_probes_of_a_run_are_one_table_of_means_over_splits(tmp_path: Path) 
         ("gcl", "0.10 / 0.20", "1 of 1"),
         ("pcl", "0.10 / 0.20", "1 of 2"),
     ]
+
+
+def test_the_loss_of_labelled_slices_is_drawn_beside_that_of_all(tmp_path: Path) -> None:
+    lines = [{"iteration": 10, "loss": 0.5}, {"iteration": 20, "loss": 0.9, "supervised": 0.4, "pseudo": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert b"of labelled slices" in curve(tmp_path, "loss").data
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[0]))
+    assert b"of labelled slices" not in curve(tmp_path, "loss").data

@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -278,6 +279,12 @@ def test_leave_one_out_tests_on_every_labelled_subject(recipe: str, write_datase
         content = read_json(out / "finetune" / name / "split.json")
         (test,) = content["split"]["test"]
         assert set(content["draw"]["train"]) == {"a", "b", "c"} - {test}
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "every case as predicted by the training that had left it out (3 trainings: split-*/" in page
+    shown = dict.fromkeys(re.findall(r"(?:Best|Median|Worst) case: ([abc])", page))  # said for ears, too
+    assert list(shown) == list(
+        results.query("checkpoint == 'last'").groupby("case")["dice"].mean().sort_values(ascending=False).index
+    )
 
 
 def test_two_labels_and_nothing_to_measure_on(recipe: str, write_dataset: Any, tmp_path: Path) -> None:
@@ -295,6 +302,7 @@ def test_two_labels_and_nothing_to_measure_on(recipe: str, write_dataset: Any, t
     mask, image = read_labels(out / "masks" / "c.nii.gz"), read_image([raw / "imagesTr" / "c_0000.nii.gz"])
     assert mask.geometry == image.geometry
     assert "Masks of the unlabelled volumes" in page
+    assert "made by finetune/split-0/pcl/labels-2-draw-0, the last of all fine-tunings" in page
     again = run(recipe, [words[0], f"out={tmp_path / 'best'}", *words[2:4], "compare=[]"], workers=1)
     assert {path.split("/")[1] for path in trainings(again)} == {"pcl", "gcl"}  # nothing to compare: no random
 

@@ -57,13 +57,17 @@ def predict(
     import pandas as pd
     from rich.console import Console
 
+    from glocal.evaluation.cases import doubt
     from glocal.files import read_json
     from glocal.inference import predict as segment
 
     masks = segment(model, images, out, probabilities, device, overwrite, others or [], tta, uncertainty, passes)
     record = read_json(out / "predictions.json")
     reading: dict[str, Any] = {"dtype": {"case": str}, "keep_default_na": False, "na_values": {"uncertainty": ""}}
-    Console().print(cases_table(pd.read_csv(out / "cases.csv", **reading)))
+    table = pd.read_csv(out / "cases.csv", **reading)
+    Console().print(cases_table(table))
+    if warning := doubt(table):
+        typer.secho(f"Warning: {warning}", fg="yellow")
     typer.echo(f"{record['summary']} {record['calibration']}")
     typer.echo(f"{len(masks)} masks in {out}, all cases in {out / 'cases.csv'}.")
     if uncertainty:

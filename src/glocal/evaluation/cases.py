@@ -9,10 +9,14 @@ from numpy.typing import NDArray
 from scipy.ndimage import binary_dilation, find_objects, label
 
 ORDER = (
-    "Cases that need a human's eye come first: those with the most flags, and among equals the more uncertain ones; a "
-    "case is flagged as uncertain if it lies above the median of the cases by more than three (robust) standard "
-    "deviations."
+    "Cases that need a human's eye come first: those with the most flags, and among equals the more uncertain ones. "
+    "A case is flagged as unsure if its uncertainty is more than half of the largest possible, else as more uncertain "
+    "than the others if it lies above their median by more than three (robust) standard deviations; a structure as much "
+    "smaller or larger than usual if its volume differs from the median of the cases by a factor of five."
 )
+UNSURE = "unsure almost everywhere"
+_HALF = 0.5  # of the largest possible uncertainty, near the structures: hardly a border is drawn with conviction
+_FACTOR = 5  # between the volume of a structure and the usual one; hearts and organs of adults vary by two or three
 _ENOUGH = 5  # cases: with fewer it means nothing to be unlike the others
 _TOUCHING = np.ones((3, 3, 3), dtype=bool)
 _AROUND = np.ones((1, 3, 3), dtype=bool)
@@ -65,6 +69,7 @@ def cases_table(cases: Mapping[str, Measures]) -> pd.DataFrame:
     unsure = pd.Series({name: measures["uncertainty"] for name, measures in cases.items()}, dtype=float)
     limit = _limit(np.asarray(unsure.dropna(), dtype=np.float64))
     usual = pd.DataFrame({name: measures["pieces"] for name, measures in cases.items()}).median(axis=1)
+    typical = pd.DataFrame({name: m["volume"] for name, m in cases.items()}, dtype=float).median(axis=1)
     rows: list[tuple[tuple[float, ...], dict[str, Any]]] = []
     for name, measures in cases.items():
         flags = [f"{structure} is empty" for structure, count in measures["pieces"].items() if not count]
@@ -73,12 +78,36 @@ def cases_table(cases: Mapping[str, Measures]) -> pd.DataFrame:
             for structure, count in measures["pieces"].items()
             if count > (max(1, usual[structure]) if len(cases) >= _ENOUGH else 1)
         ]
-        flags += ["more uncertain than the others"] if unsure[name] > limit else []
+        flags += _sizes(measures["volume"], typical) if len(cases) >= _ENOUGH else []
+        if unsure[name] > _HALF:
+            flags.append(UNSURE)
+        elif unsure[name] > limit:
+            flags.append("more uncertain than the others")
         sizes = {f"{structure} ml": size for structure, size in measures["volume"].items()}
         counts = {f"{structure} pieces": count for structure, count in measures["pieces"].items()}
         row = {"case": name, "flags": "; ".join(flags), "uncertainty": unsure[name], **sizes, **counts}
         rows.append(((-len(flags), -float(measures["uncertainty"] or 0)), row))
     return pd.DataFrame([row for _, row in sorted(rows, key=lambda pair: pair[0])])  # stable: equals as they came
+
+
+def doubt(table: pd.DataFrame) -> str | None:
+    """What to say of all cases of `cases_table` together: that the model does not seem to know such images, or None."""
+    if not (table["uncertainty"] > _HALF).mean() > 0.5:
+        return None
+    return (
+        f"Most cases are {UNSURE}: the model may not know images of this kind (another scanner, sequence or part of "
+        "the body than it was trained on), or has learnt too little. Do not use these masks without correcting them."
+    )
+
+
+def _sizes(volumes: Mapping[str, float | None], typical: pd.Series) -> list[str]:
+    """Flags for structures that are there, but far from as large as in most cases."""
+    flags = []
+    for structure, volume in volumes.items():
+        if volume and not 1 / _FACTOR <= volume / typical[structure] <= _FACTOR:
+            much = "smaller" if volume < typical[structure] else "larger"
+            flags.append(f"{structure} is much {much} than usual ({volume:.1f} ml; median {typical[structure]:.1f})")
+    return flags
 
 
 def _limit(values: NDArray[np.float64]) -> float:

@@ -55,9 +55,11 @@ def _of_pretraining(run: Path) -> Report:
     settings, manifest = runs.settings_of(run), runs.manifest_of(run)
     model = read_header(run / "model.safetensors")
     provenance = model.provenance
+    split = read_json(run / "split.json")["split"]
+    volumes = [*split["pretrain"], *(split["test"] if provenance["transductive"] else [])]
     lead = (
-        f"A network was pre-trained without labels by {settings['method']} on the images of "
-        f"{len(provenance['subjects'])} subjects, {settings['max_iterations']} iterations per stage."
+        f"A network was pre-trained without labels by {settings['method']} on the images of {count(volumes, 'volume')} "
+        f"of {count(provenance['subjects'], 'subject')}, {settings['max_iterations']} iterations per stage."
     )
     figures = [("method", settings["method"]), ("subjects", str(len(provenance["subjects"])))]
     curves = Section(
@@ -93,7 +95,7 @@ def _of_finetuning(run: Path) -> Report:
             last = evaluation_of(run, what).query("checkpoint == 'last'")
             dice, whose, how = last.groupby("case")["dice"].mean().mean(), subjects_of(what), with_tta(what)
             figures.append((f"mean Dice of {count(cases, f'{whose} case')}{how}", f"{dice:.3f}"))
-            for section in (*measured(last), *best_and_worst(run, last, what)):
+            for section in (*measured(last), *best_and_worst(dict.fromkeys(last["case"], run), last, what)):
                 section.title = f"{section.title}: {whose} cases{how}"
                 found.append(section)
     if not found:
@@ -123,18 +125,26 @@ def _of_run(run: Path) -> Report:
     else:
         figures = _key_figures(run)
         sections.append(_comparison(run, results))
-        best = _shown_training(run, results)
-        what = ProtocolOptions.model_validate(settings["protocol"]).measured
-        frame = evaluation_of(best, what)
-        frame = frame[frame["checkpoint"] == "last"]
-        shown = f"Of the best contender, the training with the median Dice: {best.relative_to(run / 'finetune')}."
-        for section in (*measured(frame), *best_and_worst(best, frame, what)):
+        protocol = ProtocolOptions.model_validate(settings["protocol"])
+        best = _shown_trainings(run, results, protocol)
+        what = protocol.measured
+        parts = {training: evaluation_of(training, what).query("checkpoint == 'last'") for training in best}
+        frame = pd.concat(parts.values())
+        runs_of = {case: training for training, part in parts.items() for case in part["case"]}
+        name = best[0].relative_to(run / "finetune")
+        shown = f"Of the best contender, the training with the median Dice: {name}."
+        if len(best) > 1:
+            shown = (
+                f"Of the best contender, every case as predicted by the training that had left it out ({len(best)} "
+                f"trainings: {name.parent.parent.name.rstrip('0123456789')}*/{'/'.join(name.parts[1:])})."
+            )
+        for section in (*measured(frame), *best_and_worst(runs_of, frame, what)):
             section.text = f"{shown} {section.text}" if section.tables or section.pictures else section.text
             sections.append(section)
     sections += masks(run, store)
     sections += all_probed(run)
     curves = [curve(log.parent, "loss") for log in sorted(run.glob("pretrain/split-0/*/stage-*/metrics.jsonl"))]
-    curves.append(curves_together(trainings[:12]))
+    curves.append(curves_together(trainings))
     sections.append(Section("Learning curves", pictures=curves, collapsed=not results.empty))
     sections += weights(run.glob("finetune/split-0/*/labels-*-draw-0/transfer.json"))
     cited = (paper for training in trainings for paper in read_header(training / "model.safetensors").papers)
@@ -209,14 +219,22 @@ def _comparison(run: Path, results: pd.DataFrame) -> Section:
     return Section("What came out", tables=[table], pictures=pictures)
 
 
-def _shown_training(run: Path, results: pd.DataFrame) -> Path:
-    """The training with the median score of the best contender at the smallest budget: neither luck nor bad luck."""
+def _shown_trainings(run: Path, results: pd.DataFrame, protocol: ProtocolOptions) -> list[Path]:
+    """The training with the median score of the best contender at the smallest budget: neither luck nor bad luck.
+
+    Where every split leaves out other subjects, those of all splits, of the median draw, so that all are shown.
+    """
     table = scores(results).query("checkpoint == 'last'")
     table = table[table["labels"] == min(table["labels"], key=budget_size)]
     best = table.groupby("contender")["dice"].mean().idxmax()
     mine = table[table["contender"] == best].sort_values("dice").reset_index()
-    row = mine.iloc[(len(mine) - 1) // 2]
-    return run / "finetune" / f"split-{row['split']}" / str(best) / f"labels-{row['labels']}-draw-{row['draw']}"
+    if protocol.leave_one_out or protocol.folds:
+        draws = mine.groupby("draw")["dice"].mean().sort_values().index
+        mine = mine[mine["draw"] == draws[(len(draws) - 1) // 2]].sort_values("split")
+    else:
+        mine = mine.iloc[[(len(mine) - 1) // 2]]
+    places = zip(mine["split"], mine["labels"], mine["draw"], strict=True)
+    return [run / "finetune" / f"split-{s}" / str(best) / f"labels-{labels}-draw-{draw}" for s, labels, draw in places]
 
 
 def _warnings(manifest: dict[str, Any]) -> list[str]:

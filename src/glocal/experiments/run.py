@@ -81,16 +81,17 @@ def run_recipe(recipe: Recipe, workers: int | None = None) -> Path:
         refuse_unmeasured(recipe, dataset.members, dataset.split)
     runs.begin(out, "run", recipe.model_dump(mode="json", exclude={"out"}))
     with runs.held(out):
-        _whole_road(recipe, workers)
+        last = _whole_road(recipe, workers)
         if not runs.finished(out):
-            runs.finish(out, started, kind="run", warnings=[])
+            runs.finish(out, started, kind="run", warnings=[], masks_by=str(last.relative_to(out)))
         report(out)
     for warning in warnings_below(out):
         console.print(f"Warning: {warning}", style="yellow", markup=False)
     return out
 
 
-def _whole_road(recipe: Recipe, workers: int | None) -> None:
+def _whole_road(recipe: Recipe, workers: int | None) -> Path:
+    """All steps but the report; the training that made the masks of the unlabelled volumes."""
     out = recipe.out
     store = preprocess(recipe.data, out / "store", recipe.preprocess, workers=workers)
     workers = workers or default_workers(recipe.device)
@@ -108,7 +109,9 @@ def _whole_road(recipe: Recipe, workers: int | None) -> None:
         do([*pretraining, *finetuning], "Training", executor)
     write_json(out / "split.json", {"splits": [split.__dict__ for split in splits]})
     write_tables(out)
-    write_masks(store, finetuning[-1].folder, out / "masks", recipe.protocol.tta, device_named(recipe.device))
+    last = finetuning[-1].folder
+    write_masks(store, last, out / "masks", recipe.protocol.tta, device_named(recipe.device))
+    return last
 
 
 def write_masks(store: Store, training: Path, folder: Path, tta: bool, device: torch.device) -> None:

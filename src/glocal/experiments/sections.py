@@ -32,6 +32,7 @@ METRIC_NAMES = {
     "assd": "ASSD (mm)",
     "nsd": "Surface Dice",
 }
+DECIMALS = {"hd95": 1, "hd": 1, "assd": 2}  # of millimetres; 3 of all else
 
 
 def measured(frame: pd.DataFrame) -> list[Section]:
@@ -40,15 +41,15 @@ def measured(frame: pd.DataFrame) -> list[Section]:
     statistics = summary(frame).set_index(["class", "metric"])
     names = [str(name) for name in statistics.index.get_level_values("class").unique()]
     mean, sd = (statistics[column].astype(float).to_dict() for column in ("mean", "sd"))
-    per_class = [[name, *(_spread(mean[(name, m)], sd[(name, m)]) for m in shown)] for name in names]
+    per_class = [[name, *(_spread(mean[(name, m)], sd[(name, m)], m) for m in shown)] for name in names]
     counts = note_counts(frame).sum()
     odd = ", ".join(f"{int(number)} {note}" for note, number in counts.items() if number)
     headings = [METRIC_NAMES[metric] for metric in shown]
-    tables = [
-        Table("By structure", ["Structure", *headings], per_class, EMPTY_POLICY + (f" Here: {odd}." if odd else "")),
-    ]
+    note = EMPTY_POLICY + (f" Here: {odd}." if odd else "")
+    note += " Surface Dice: the part of both surfaces that is within 1 mm of the other." * ("nsd" in shown)
+    tables = [Table("By structure", ["Structure", *headings], per_class, note)]
     per_case = [
-        [str(row["case"]), str(row["class"]), *(f"{row[metric]:.3f}" for metric in shown), _text(row["note"])]
+        [str(row["case"]), str(row["class"]), *(_number(row[m], m) for m in shown), _text(row["note"])]
         for _, row in frame.iterrows()
     ]
     pictures = [Picture("Dice of every case", class_boxes(frame, "dice", "Dice"), "svg")]
@@ -61,18 +62,30 @@ def measured(frame: pd.DataFrame) -> list[Section]:
     ]
 
 
-def _spread(mean: float, sd: float) -> str:
-    return f"{mean:.3f}" if np.isnan(sd) else f"{mean:.3f} ± {sd:.3f}"  # one case has no deviation
+def _spread(mean: float, sd: float, metric: str) -> str:
+    spread = "" if np.isnan(sd) else f" ± {_number(sd, metric)}"  # one case has no deviation
+    return _number(mean, metric) + spread
+
+
+def _number(value: float, metric: str) -> str:
+    return f"{value:.{DECIMALS.get(metric, 3)}f}"
 
 
 def _text(value: Any) -> str:
     return "" if not isinstance(value, str) else value
 
 
-def best_and_worst(run: Path, frame: pd.DataFrame, what: str) -> list[Section]:
-    """Best, median and worst case of `what` was measured, at the slice with most of the structures."""
-    store_path, folder = _store_of(run), predictions_folder(run, what)
-    if store_path is None or not folder.is_dir():
+def best_and_worst(runs_of: Mapping[str, Path], frame: pd.DataFrame, what: str) -> list[Section]:
+    """Best, median and worst case of `what` was measured, at the slice with most of the structures.
+
+    Args:
+        runs_of: the training that predicted each case.
+        frame: rows of `evaluate`.
+        what: was measured: see `ProtocolOptions.measured`.
+    """
+    folders = {case: predictions_folder(run, what) for case, run in runs_of.items()}
+    store_path = _store_of(next(iter(runs_of.values())))
+    if store_path is None or not all(folder.is_dir() for folder in folders.values()):
         return []
     store = Store.open(store_path)
     try:
@@ -85,7 +98,7 @@ def best_and_worst(run: Path, frame: pd.DataFrame, what: str) -> list[Section]:
     pictures = [
         Picture(
             f"{name} case: {case}, mean Dice {order[case]:.3f}",
-            _overlay(store, dataset, folder, case),
+            _overlay(store, dataset, folders[case], case),
             "png",
             wide=True,
         )
@@ -122,7 +135,11 @@ def masks(run: Path, store: Store) -> list[Section]:
     names = [path.name.removesuffix(dataset.file_ending) for path in files]
     shown = names[:: max(1, len(names) // 4)][:4]
     pictures = [Picture(name, _overlay(store, dataset, run / "masks", name), "png", wide=True) for name in shown]
-    text = f"The masks of {count(names, 'unlabelled volume')} are in {run / 'masks'}; some of them:"
+    made_by = runs.manifest_of(run)["masks_by"]
+    text = (
+        f"The masks of {count(names, 'unlabelled volume')} are in {run / 'masks'}, made by {made_by}, the last of all "
+        "fine-tunings; the figures above may be of others. Some of them:"
+    )
     return [Section("Masks of the unlabelled volumes", text=text, pictures=pictures)]
 
 
@@ -175,15 +192,20 @@ def curve(folder: Path, key: str) -> Picture:
     """The curve of one figure (`loss` or `validation_dice`) of one training or stage."""
     name = f"{folder.parent.name}, {folder.name}" if folder.name.startswith("stage-") else folder.name
     label = {"loss": "Loss", "validation_dice": "Dice on validation volumes"}[key]
-    return Picture(f"{label}: {name}", learning_curves({name: _read_log(folder, key)}, "", label), "svg")
+    series = {name: _read_log(folder, key)}
+    labelled = _read_log(folder, "supervised") if key == "loss" else []
+    if labelled:  # what is learnt from unlabelled slices comes on top, where it begins
+        series = {"all": series[name], "of labelled slices": labelled}
+    return Picture(f"{label}: {name}", learning_curves(series, "", label), "svg")
 
 
 def curves_together(folders: Sequence[Path]) -> Picture:
-    """The losses of several fine-tunings in one picture."""
-    series = {f"{f.parent.name} {f.name.removeprefix('labels-')}": _smooth(_read_log(f, "loss")) for f in folders}
-    return Picture(
-        "Loss of the fine-tunings (means of 50 iterations)", learning_curves(series, "", "Loss"), "svg", wide=True
-    )
+    """The losses of several fine-tunings in one picture; more than twelve could not be told apart."""
+    shown = folders[:12]
+    series = {f"{f.parent.name} {f.name.removeprefix('labels-')}": _smooth(_read_log(f, "loss")) for f in shown}
+    few = f", the first {len(shown)} of {len(folders)}" if len(shown) < len(folders) else ""
+    caption = f"Loss of the fine-tunings{few} (means of 50 iterations)"
+    return Picture(caption, learning_curves(series, "", "Loss"), "svg", wide=True)
 
 
 def _smooth(points: list[tuple[float, float]], width: int = 5) -> list[tuple[float, float]]:

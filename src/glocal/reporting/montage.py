@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -21,7 +22,7 @@ def montage(
     title: str,
     aspect: float = 1.0,
 ) -> bytes:
-    """Slices as PNG, a column each: with their mask, and with their uncertainty from 0 (nothing) to 1 (white).
+    """Slices as PNG, a column each: with their mask, and their uncertainty from 0 (black) to 1 (pale yellow).
 
     Args:
         images: `(n, H, W)`, any grey values.
@@ -41,10 +42,21 @@ def montage(
         for k, axes in enumerate(above):
             draw_slice(axes, images[k], None, masks[k], class_names, window, aspect)
             axes.set_title(titles[k], loc="center", fontsize=8, fontweight="normal", color=QUIET, pad=3)
+            # The map alone: over the image its colours would be those of the image as much as of the doubt.
             draw_slice(below[k], images[k], None, None, class_names, window, aspect)
-            below[k].imshow(uncertainty[k], cmap="inferno", vmin=0, vmax=1, alpha=0.75, aspect=aspect)
+            shades = below[k].imshow(uncertainty[k], cmap="inferno", vmin=0, vmax=1, aspect=aspect)
+            _outline(below[k], masks[k])
+        bar = figure.colorbar(shades, ax=list(below), fraction=0.03, pad=0.01, ticks=[0, 0.5, 1])
+        bar.ax.tick_params(labelsize=7, length=2, colors=QUIET)
+        bar.outline.set_visible(False)
         class_legend(figure, class_names, outline=False, fill=False)
         return _in_few_colours(to_bytes(figure, "png"))
+
+
+def _outline(axes: Axes, mask: Labels) -> None:
+    """Thin white lines around all structures together."""
+    if (mask != 0).any():
+        axes.contour((mask != 0).astype(float), levels=[0.5], colors="w", linewidths=0.6, alpha=0.7)
 
 
 def _in_few_colours(png: bytes) -> bytes:
