@@ -71,7 +71,9 @@ def test_only_the_chosen_cases(dataset: Path, predictions: Path) -> None:
 
 
 def test_class_names_given_or_found(dataset: Path, predictions: Path) -> None:
-    assert evaluate(predictions, dataset, class_names={"x": 2, "y": 1})["class"].tolist() == ["x", "y"] * 3
+    assert (
+        evaluate(predictions, dataset, class_names={"x": 2, "y": 1})["class"].tolist() == ["y", "x"] * 3
+    )  # in the order of their values
     (dataset / "dataset.json").unlink()
     assert evaluate(predictions, dataset)["class"].tolist() == ["label 1", "label 2"] * 3
 

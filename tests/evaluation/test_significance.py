@@ -366,6 +366,16 @@ def test_unit_sentence() -> None:
     by_split = unit_sentence(StatisticsOptions(unit="split", level=0.9), some)
     assert "is the split (1 split," in by_split
     assert "90 %" in by_split
+    assert "p is of" in words
+    assert "p is of" not in unit_sentence(FEW, table[:1])  # the baseline alone is compared with nothing
+
+
+def test_draws_of_all_labels_are_seeds() -> None:
+    table = summarise(experiment({"random": 0, "glcl": 0}), AXES, RANDOM, FEW)
+    few, both, every = (unit_sentence(FEW, table.assign(labels=labels)) for labels in ("2", ["2", "all"], "all"))
+    assert "over draws of other choices of labelled volumes (" in few
+    assert "other choices of labelled volumes, or of other seeds where all are labelled, (" in both
+    assert "over draws of other seeds (" in every
 
 
 def methods_of(*effects: float, **design: Any) -> pd.DataFrame:

@@ -25,15 +25,18 @@ from glocal.experiments import estimate as measuring
 from glocal.experiments import experiment as whole_experiment
 from glocal.experiments import plan as planning
 from glocal.experiments import trainings as jobs_of_recipes
-from glocal.experiments.design import read_experiment
+from glocal.experiments.design import Experiment, read_experiment
 from glocal.experiments.estimate import estimate
 from glocal.experiments.executors import Here
 from glocal.experiments.experiment import duration, experiment
+from glocal.experiments.findings import findings, pictures_of
 from glocal.experiments.jobs import Job
 from glocal.experiments.layout import TableOptions
 from glocal.experiments.page import write_results
-from glocal.experiments.plan import jobs_of, plan, store_folder
+from glocal.experiments.plan import Training, jobs_of, plan, store_folder
+from glocal.experiments.results import collect
 from glocal.files import read_json, write_json, write_text
+from glocal.reporting import comparisons
 
 RECIPE: dict[str, Any] = {
     "name": "first",
@@ -67,6 +70,12 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
 def written(path: Path, **settings: Any) -> str:
     path.write_text(yaml.safe_dump(RECIPE | settings, sort_keys=False))
     return str(path)
+
+
+def planned(recipe: str, words: list[str]) -> tuple[Experiment, list[Training], dict[Path, Store]]:
+    design = read_experiment(recipe, words)
+    stores = whole_experiment._stores(design)
+    return design, plan(design.variants, stores, design.out), stores
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +168,48 @@ def test_every_link_leads_somewhere(out: Path) -> None:
     assert anchors == {"random|1", "random|2", "pcl|1", "pcl|2"}
     assert anchors <= {html.unescape(name) for name in ids}
     leading = [link for link in links(folder / "runs.html") if not link.startswith("#")]
-    assert len(leading) == 8 + 4  # a pre-training is behind each of four
-    for link in leading:
+    assert len(leading) == 8 + 4 + 1  # a pre-training is behind each of four; and back to the experiment
+    files = {link for link in links(folder / "index.html") if link.startswith("table-")}
+    assert files == {"table-dice.md", "table-dice.csv", "table-dice.tex"}
+    for link in (*leading, *files):
         assert (folder / link).is_file(), link
+
+
+def test_the_trainings_say_on_whom_they_were_measured(out: Path) -> None:
+    page = (out / "first" / "runs.html").read_text(encoding="utf-8")
+    assert "Dice, test subjects" in page
+    assert "not a medical device" in page
+
+
+def test_pictures_are_named_by_their_place(out: Path, recipe: str, raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[comparisons.PictureRow] = []
+    monkeypatch.setattr(comparisons, "picture_grid", lambda rows, *_: drawn.extend(rows) or b"")
+    design, trainings, stores = planned(recipe, [f"data={raw}", f"out={out}"])
+    results = collect(trainings)
+    assert len(list(pictures_of(design, trainings, results, stores))) == 2
+    assert [row.name.partition(",")[0] for row in drawn] == ["Worst and median and best: case5"] * 2
+    of_first = results[(results["labels"] == "1") & (results["draw"] == 0)]
+    dice = of_first.groupby("contender")["dice"].mean().to_dict()
+    assert drawn[0].dice == pytest.approx(dice)
+
+
+def test_a_table_of_differences_needs_some(out: Path, recipe: str, raw: Path) -> None:
+    design, trainings, _ = planned(recipe, [f"data={raw}", f"out={out}"])
+    gain = TableOptions(title="Gain", show=("difference", "better", "p"))
+    design = replace(design, tables={**design.tables, "gain": gain})
+    results = collect(trainings)
+    both, nothing = findings(design, results)
+    assert ([finding.name for finding in both], nothing) == (["dice", "gain"], [])
+    assert "Δ against random: paired" in both[1].layout.note
+    alone = results[results["contender"] == "random"]
+    found, missing = findings(design, alone)
+    assert [finding.name for finding in found] == ["dice"]
+    assert missing == [
+        "There is no table gain. It shows differences to random, and there is nothing to compare with it."
+    ]
+    only, _ = findings(replace(design, tables={"gain": gain}), alone)  # its means stand nowhere else
+    assert [finding.name for finding in only] == ["gain"]
+    assert "Δ" not in only[0].layout.note
 
 
 def test_the_recipe_that_is_kept_is_the_experiment(out: Path) -> None:
@@ -209,6 +257,9 @@ def test_development_is_said_of_every_table_and_test_subjects_are_measured_witho
     said = page.read_text(encoding="utf-8")
     assert said.count("Measured on development subjects: for choosing") == 2  # of the page, and of the second table
     assert said.count("Means over development subjects") == 1  # with all else about the first
+    behind = (page.parent / "runs.html").read_text(encoding="utf-8")
+    assert "Measured on development subjects: for choosing" in behind
+    assert "Dice, development subjects" in behind
 
     weights = {path: path.stat().st_mtime_ns for path in out.glob("finetune/*/*.safetensors")}
     shutil.rmtree(out / "pretrain")  # nobody needs it any more
@@ -440,7 +491,7 @@ def test_datasets_are_compared_each_by_itself_and_one_training_serves_two_method
     )  # caption and alternative text
     ranked = said[said.rindex("How sure is the order?") : said.index("Two draws or splits")]
     assert ranked.count("1 labelled, One") == ranked.count("1 labelled, Other") == 4
-    assert "difference to random (right" in (page.parent / "figures" / "dice-1.svg").read_text(encoding="utf-8")
+    assert "(right is better)" in (page.parent / "figures" / "dice-1.svg").read_text(encoding="utf-8")
     written(path, protocol={"draws": 1}, experiment=part | {"tables": {"iou": {"rows": list(vary)[:3]}}})
     assert experiment(str(path), [f"data={raw}", f"out={tmp_path / 'out'}"], workers=1) == page
     assert {path.name for path in page.parent.glob("table-*")} == {"table-iou.md", "table-iou.csv", "table-iou.tex"}

@@ -198,8 +198,10 @@ def test_what_stands_beside_a_mean() -> None:
         "p < 0.001",
         "5 of 6",
     )
-    words = ("± standard", "[low, high]", "subjects [low, high]", "draws [low, high]", "Δ:", "p:", "N of M:")
+    words = ("± standard", "[low, high]", "subjects [low, high]", "draws [low, high]", "Δ against", "p:", "N of M:")
     assert all(word in layout.note for word in words)
+    assert not any(word in lay(frame[:1], show=show).note for word in words[1:])  # no cell has them
+    assert "Δ against PCL: paired" in lay_out(frame, TableOptions(show=show), {}, "", baseline="PCL").note
     assert lay(frame, show=("difference",), digits=1).cells[1][0] == Cell("0.5", ("Δ 0.0 [−0.1, 0.0]",), best=True)
     alone = frame.assign(difference_low=NAN, difference_high=NAN, p_holm=0.0312)
     assert lay(alone, show=("difference", "p")).cells[1][0].beside == ("Δ −0.012", "p = 0.031")

@@ -178,7 +178,8 @@ def test_nothing_measured_is_no_table(tmp_path: Path) -> None:
 def test_the_caption_says_what_the_numbers_are(tmp_path: Path) -> None:
     words = caption(write_run(tmp_path / "a"))
     assert "mean over foreground classes, then over test subjects; last checkpoint" in words
-    assert "2 draw(s)" in words
+    assert "trainings, 2 draws of the labelled volumes" in words
+    assert "trainings, 1 draw of the labelled volumes" in caption(write_run(tmp_path / "d", draws=1))
     assert "ransductive" not in words
     assert "development subjects (for choosing settings)" in caption(write_run(tmp_path / "b", evaluate="development"))
     assert "Transductive: the images of test subjects were part of" in caption(

@@ -23,7 +23,7 @@ from glocal.reporting.comparisons import (
     maximal_groups,
     picture_grid,
 )
-from glocal.reporting.figures import QUIET, class_colour
+from glocal.reporting.figures import OPACITY, QUIET, class_colour
 
 METHODS = ["random", "GCL", "PCL", "GLCL", "JCL"]
 LONG = [f"cross-consistency training, {name} with a long name" for name in "abcdefghijkl"]
@@ -115,9 +115,26 @@ def test_curves_draw_intervals_where_there_are_some() -> None:
     assert [word for word in words(budget_curves(missing)) if word in METHODS] == METHODS
 
 
+def test_points_are_not_joined_and_hollow_where_colours_come_again() -> None:
+    few, many = (budget_curves(curves(LONG[:count])).decode() for count in (7, 8))
+    assert "stroke: #0072b2; stroke-width: 1.6" not in many  # a line through all budgets; intervals have an opacity
+    hollow = "fill: #ffffff; stroke: #0072b2"
+    assert hollow not in few
+    assert many.count(hollow) == 4 + 1  # budgets, and the legend
+
+
+def test_the_label_of_a_forest_is_whole() -> None:
+    label = "Hausdorff distance in mm, left ventricle, difference to the baseline\n(left is better)"
+    svg = forest(differences(["random", LONG[0]]), label)
+    assert label.replace("\n", " ") in text(svg)
+    assert max(map(len, words(svg))) <= 40
+    short = size(forest(differences(["random", LONG[0]]), "x"))
+    assert size(svg)[1] > short[1] + 20  # it takes nothing of the rows
+
+
 def test_the_baseline_is_quiet_and_nothing_else_is() -> None:
     alone = budget_curves(curves(["random"])).decode()
-    assert f"stroke: {QUIET}; stroke-width: 1.6" in alone
+    assert f"fill: {QUIET}; stroke: {QUIET}" in alone
     assert "stroke: #0072b2" not in alone
     assert "stroke: #0072b2" in budget_curves(curves(["random", "GCL"])).decode()
     # The forest leaves the baseline out and yet gives the others the colours they have in the curves.
@@ -224,8 +241,8 @@ def test_pictures_show_every_method_and_wrap() -> None:
     two = picture_grid([ROW, replace(ROW, name="case b")], ["random", "PCL"], CLASSES)
     assert shape(two)[1] == shape(three)[1]
     assert shape(two)[0] > 1.7 * shape(three)[0]
-    masks, miou = dict.fromkeys(LONG, TRUTH), dict.fromkeys(LONG, 0.5)
-    many = picture_grid([replace(ROW, masks=masks, miou=miou)], LONG, CLASSES)
+    masks, dice = dict.fromkeys(LONG, TRUTH), dict.fromkeys(LONG, 0.5)
+    many = picture_grid([replace(ROW, masks=masks, dice=dice)], LONG, CLASSES)
     assert shape(many)[1] == shape(three)[1]  # as wide as ever, and so as large on a phone
     assert shape(many)[0] > 3 * shape(three)[0]
 
@@ -234,10 +251,10 @@ def test_pictures_use_masks_and_aspect_of_their_row() -> None:
     methods = ["random", "PCL"]
     tall = picture_grid([replace(ROW, aspect=2.0)], methods, CLASSES)
     assert shape(tall)[0] > 1.3 * shape(picture_grid([ROW], methods, CLASSES))[0]
-    bright = replace(ROW, image=np.zeros_like(IMAGE))  # a mask is half its colour over black
-    half = {value: tuple(0.5 * part for part in mpl.colors.to_rgb(class_colour(value))) for value in (1, 2)}
-    png = picture_grid([bright], methods, CLASSES)
-    expert, predicted = (shown(png, mpl.colors.to_hex(half[value])) for value in (1, 2))
+    black = replace(ROW, image=np.zeros_like(IMAGE))
+    dark = {value: tuple(OPACITY * part for part in mpl.colors.to_rgb(class_colour(value))) for value in (1, 2)}
+    png = picture_grid([black], methods, CLASSES)
+    expert, predicted = (shown(png, mpl.colors.to_hex(dark[value])) for value in (1, 2))
     assert expert > 5000
     assert predicted == pytest.approx(expert, rel=0.05)  # the same region, once as each class
 
@@ -268,7 +285,7 @@ def test_inputs_stay_and_odd_names_work() -> None:
         (lambda: picture_grid([], ["random"], CLASSES), "no slice"),
         (lambda: picture_grid([ROW], [], CLASSES), "no method"),
         (lambda: picture_grid([ROW], ["JCL"], CLASSES), "case a lacks"),
-        (lambda: picture_grid([replace(ROW, miou={})], ["PCL"], CLASSES), "case a lacks"),
+        (lambda: picture_grid([replace(ROW, dice={})], ["PCL"], CLASSES), "case a lacks"),
         (lambda: picture_grid([replace(ROW, masks={"PCL": TRUTH.T})], ["PCL"], CLASSES), "image's shape"),
     ],
 )

@@ -11,6 +11,7 @@ from matplotlib.image import imread
 from glocal.reporting.figures import (
     class_boxes,
     class_colour,
+    class_ink,
     learning_curves,
     overlay,
     overlay_row,
@@ -86,6 +87,12 @@ def test_curves_name_their_axes_and_series() -> None:
     assert words(learning_curves({}, "nothing yet", "y"))
 
 
+def test_curves_are_dashed_where_colours_come_again() -> None:
+    seven, eight = (words(learning_curves({str(k): [(0, 1.0)] for k in range(n)}, "", "")) for n in (7, 8))
+    assert "stroke-dasharray" not in seven
+    assert "stroke-dasharray" in eight
+
+
 def test_boxes_show_every_class_even_without_values() -> None:
     for metric in ("dice", "hd95"):
         text = words(class_boxes(FRAME, metric, label="Value"))
@@ -94,8 +101,9 @@ def test_boxes_show_every_class_even_without_values() -> None:
 
 def test_lost_classes_are_hollow_points() -> None:
     found = words(class_boxes(FRAME.assign(note=""), "dice"))
-    assert "fill: #ffffff; stroke: #d55e00" not in found
-    assert "fill: #ffffff; stroke: #d55e00" in words(class_boxes(FRAME, "dice"))
+    hollow = f"fill: #ffffff; stroke: {class_ink(2)}"  # the colour that the class has in pictures, but darker
+    assert hollow not in found
+    assert hollow in words(class_boxes(FRAME, "dice"))
 
 
 def test_differences_name_contenders_budgets_and_splits() -> None:
@@ -135,6 +143,14 @@ def test_masks_are_shown_close_and_whole() -> None:
     both = np.zeros_like(far)
     both[0:5, 395:400] = 1
     assert near(overlay(image, far, both, {"a": 1}, ""), class_colour(1)) < whole  # both masks stay in sight
+
+
+def test_what_is_not_shown_does_not_darken_the_rest() -> None:
+    image, mask = np.tile(np.linspace(0, 1, 400), (400, 1)), np.zeros((400, 400), np.int16)
+    mask[190:210, 190:210] = 1
+    bright = image.copy()
+    bright[:50] = 100
+    assert overlay(image, mask, None, CLASSES, "") == overlay(bright, mask, None, CLASSES, "")
 
 
 def test_rows_leave_out_what_is_not_there() -> None:

@@ -11,8 +11,8 @@ from scipy.ndimage import binary_dilation, find_objects, label
 ORDER = (
     "Cases that need a human's eye come first: those with the most flags, and among equals the more uncertain ones. "
     "A case is flagged as unsure if its uncertainty is more than half of the largest possible, else as more uncertain "
-    "than the others if it lies above their median by more than three (robust) standard deviations; a structure as much "
-    "smaller or larger than usual if its volume differs from the median of the cases by a factor of five."
+    "than the others if it lies above their median by more than three (robust) standard deviations; a structure as "
+    "much smaller or larger than usual if its volume differs from the median of the cases by a factor of five."
 )
 UNSURE = "unsure almost everywhere"
 _HALF = 0.5  # of the largest possible uncertainty, near the structures: hardly a border is drawn with conviction

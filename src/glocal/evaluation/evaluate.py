@@ -153,7 +153,8 @@ def _volumes(folder: Path) -> dict[str, Path]:
 
 
 def _foreground(names: Mapping[str, int]) -> dict[str, int]:
-    return {name: value for name, value in names.items() if value != 0}
+    """In the order of their values, as pictures colour them."""
+    return {name: value for name, value in sorted(names.items(), key=lambda pair: pair[1]) if value != 0}
 
 
 def _found_labels(files: Sequence[Path]) -> dict[str, int]:

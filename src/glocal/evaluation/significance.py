@@ -183,18 +183,23 @@ def holm(p: ArrayLike) -> Floats:
 
 def unit_sentence(options: StatisticsOptions, summary: pd.DataFrame) -> str:
     """What the unit of analysis of a summary is, and what its intervals and p-values speak about, for a caption."""
+    chance, budgets = "other choices of labelled volumes", set(summary.get("labels", ()))
+    if "all" in budgets:  # its draws label the same volumes
+        chance = "other seeds" if len(budgets) == 1 else f"{chance}, or of other seeds where all are labelled,"
     counted = {unit: _span(summary[f"{unit}s"], unit) for unit in ("subject", "split", "draw")}
     speaks = "other subjects given these trainings, not of other draws or another pre-training"
     if options.unit == "split":
         speaks = "other splits, as if they shared no subjects, not of other draws"
+    tested = (
+        f" p is of the two-sided Wilcoxon signed-rank test over {options.unit}s, adjusted by Holm for all tests of the "
+        f"table, and speaks of {speaks}; fewer than {FEWEST_UNITS} {options.unit}s cannot reach p < 0.05 and get no p."
+    ) * bool(summary["difference"].notna().any())
     return (
         f"The unit of analysis is the {options.unit} ({counted[options.unit]}, each counted once, averaged over all "
         "its trainings): draws of one split share test subjects and one pre-training and are no independent trials. "
         f"{100 * options.level:g} % bootstrap intervals over subjects speak of other subjects given these trainings, "
-        f"those over draws of other choices of labelled volumes ({counted['draw']} a split: rather too narrow), all "
-        "others of both; none of another pre-training. p is of the two-sided Wilcoxon signed-rank test over "
-        f"{options.unit}s, adjusted by Holm for all tests of the table, and speaks of {speaks}; fewer than "
-        f"{FEWEST_UNITS} {options.unit}s cannot reach p < 0.05 and get no p."
+        f"those over draws of {chance} ({counted['draw']} a split: rather too narrow), all others of both; none of "
+        f"another pre-training.{tested}"
     )
 
 

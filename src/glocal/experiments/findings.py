@@ -43,7 +43,7 @@ class Finding:
     @property
     def what(self) -> tuple[str, str, str]:
         """What its values are: tables that only show them otherwise have the same figures."""
-        return self.options.metric, self.options.structure, self.options.checkpoint
+        return _what(self.options)
 
     @property
     def label(self) -> str:
@@ -72,11 +72,23 @@ def findings(design: Experiment, results: pd.DataFrame) -> tuple[list[Finding], 
         summary = summarise(values, list(axes), design.baseline, design.options.statistics, higher)
         validation = values.groupby(list(axes), sort=False)["validation"].max().reset_index()
         summary = summary.merge(validation, on=list(axes), how="left")
-        layout = lay_out(summary, options, design.options.names, caption(design, summary), axes)
+        means = any(_what(other) == _what(options) and not other.only_differences for other in design.tables.values())
+        if options.only_differences and means and summary["difference"].isna().all():
+            missing.append(
+                f"There is no table {name}. It shows differences to {design.baseline_name}, and there is nothing to "
+                "compare with it."
+            )
+            continue
+        text = caption(design, summary)
+        layout = lay_out(summary, options, design.options.names, text, axes, design.baseline_name)
         is_baseline = [design.baseline.items() <= place.items() for place in summary[list(axes)].to_dict("records")]
         summary = _named(design, summary).assign(baseline=is_baseline)
         found.append(Finding(name, options, _named(design, values), summary, layout))
     return found, missing
+
+
+def _what(options: TableOptions) -> tuple[str, str, str]:
+    return options.metric, options.structure, options.checkpoint
 
 
 def _named(design: Experiment, frame: pd.DataFrame) -> pd.DataFrame:
@@ -113,6 +125,11 @@ def caption(design: Experiment, summary: pd.DataFrame) -> str:
     )
 
 
+def judged_on(design: Experiment) -> str:
+    """On whom its trainings are measured."""
+    return f"{design.variants[0].recipe.protocol.evaluate} subjects"
+
+
 def cautions(design: Experiment) -> str:
     """What a reader of any table must know, if there is something."""
     chosen_on = design.variants[0].recipe.protocol.evaluate == "development"
@@ -132,7 +149,7 @@ def figures_of(design: Experiment, finding: Finding) -> Iterator[Picture]:
         yield Picture(f"{finding.label} by budget, with intervals over subjects and draws", curves, "svg", wide=True)
     if finding.summary["difference"].notna().any():
         side = "right is better" if finding.higher_is_better else "left is better"
-        forest = comparisons.forest(finding.summary, f"{finding.label}, difference to {design.baseline_name} ({side})")
+        forest = comparisons.forest(finding.summary, f"{finding.label}, difference to the baseline\n({side})")
         yield Picture(
             f"Paired differences to {design.baseline_name}, with intervals over subjects and draws",
             forest,
@@ -201,18 +218,23 @@ def pictures_of(
     for group, rows in _named(design, results[first]).groupby("group", sort=False):
         chosen = {method: trained[str(group), method] for method in rows["method"].unique()}
         order = rows.groupby("case")["dice"].mean().sort_values()
-        picks = dict.fromkeys(order.index[[0, (len(order) - 1) // 2, len(order) - 1]])
-        miou = rows.groupby(["case", "method"])["iou"].mean()
+        picks: dict[str, list[str]] = {}
+        for word, place in (("worst", 0), ("median", (len(order) - 1) // 2), ("best", len(order) - 1)):
+            picks.setdefault(str(order.index[place]), []).append(word)  # one case may be all of them
+        dice = rows.groupby(["case", "method"])["dice"].mean()
         store = stores[next(iter(chosen.values())).job.arguments["store"]]
-        drawn = [_row(store, str(case), chosen, miou[case].to_dict()) for case in picks]
+        drawn = [
+            _row(store, case, " and ".join(words).capitalize(), chosen, dice[case].to_dict())
+            for case, words in picks.items()
+        ]
         grid = comparisons.picture_grid(drawn, list(chosen), store.labels)
-        text = f"{group}, first draw: worst, median and best case, with the mean IoU of the whole volume"
+        text = f"{group}, first draw: worst, median and best case, with the mean Dice of the whole volume"
         yield Picture(text, grid, "png", wide=True)
 
 
-def _row(store: Store, case: str, trainings: Mapping[str, Training], miou: dict[str, float]) -> PictureRow:
+def _row(store: Store, case: str, place: str, trainings: Mapping[str, Training], dice: dict[str, float]) -> PictureRow:
     folders = [predictions_folder(t.job.folder, t.job.measured) for t in trainings.values()]
     shown = shown_slice(store, read_dataset(store.dataset), folders, case)
     assert shown.truth is not None  # it was measured
     masks = dict(zip(trainings, shown.masks, strict=True))
-    return PictureRow(shown.title, shown.image, shown.truth, masks, miou, shown.aspect)
+    return PictureRow(f"{place}: {shown.title}", shown.image, shown.truth, masks, dice, shown.aspect)

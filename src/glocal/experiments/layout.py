@@ -33,10 +33,11 @@ _LEGEND = {
     "interval": "[low, high]: interval, subjects and draws resampled",
     "subjects": "subjects [low, high]: interval, only subjects resampled",
     "draws": "draws [low, high]: interval, only draws resampled",
-    "difference": "Δ: difference to the baseline, paired, with its interval",
+    "difference": "Δ against {baseline}: paired difference with its interval",
     "p": "p: test of this difference, Holm-corrected",
     "better": "N of M: trainings better than those of the baseline",
 }
+_OF_DIFFERENCES = {"difference", "p", "better"}
 _BARE = re.compile(r"[-+.\d].*|true|false|none", re.IGNORECASE | re.DOTALL)  # says nothing without the name of its axis
 
 
@@ -57,6 +58,11 @@ class TableOptions(BaseModel):
         {}, description="a paper's own numbers: row, then column; values of several axes are joined by ` / `"
     )
     paper_source: str = Field("", description="who reported these numbers")
+
+    @property
+    def only_differences(self) -> bool:
+        """Whether it shows nothing but comparisons with the baseline: without one, only means would be left of it."""
+        return bool(self.show) and _OF_DIFFERENCES.issuperset(self.show)
 
     @model_validator(mode="after")
     def _sourced(self) -> "TableOptions":
@@ -101,6 +107,7 @@ def lay_out(
     names: Mapping[str, str],
     caption: str,
     axes: Mapping[str, Sequence[object]] | None = None,
+    baseline: str = "the baseline",
 ) -> Layout:
     """Lay out the summary of an experiment as a table.
 
@@ -112,6 +119,7 @@ def lay_out(
         caption: what the numbers are, in words.
         axes: the axes with all values that were asked for, in their order, so that what has no result yet is seen to
             be missing; by default those in the summary, numbers in ascending order.
+        baseline: what it is called.
 
     Raises:
         GlocalError: see `check_layout`; or there is nothing to show, or two rows of the summary for one cell.
@@ -141,7 +149,7 @@ def lay_out(
     cells, row_names = list(zip(*columns, strict=True)), [words.of(options.rows, key) for key in row_keys]
     structure = "mean over classes" if options.structure == "mean" else names.get(options.structure, options.structure)
     measured = f"{METRIC_NAMES[options.metric]}, {structure}, {options.checkpoint} checkpoint"
-    notes = [f"{measured}: {_legend(options, [cell for row in cells for cell in row])}"]
+    notes = [f"{measured}: {_legend(options, [cell for row in cells for cell in row], baseline)}"]
     if "labels" in asked and "labels" not in placed:
         notes.append(f"Labelled volumes: {words.of(['labels'], asked['labels'])[0]}.")
     notes.append(_incomplete(records, row_names, paths))
@@ -260,10 +268,12 @@ def _signed(value: float, form: str) -> str:
     return re.sub(r"^[-+](?=[0.]*$)", "", f"{value:{form}}").replace("-", "−")
 
 
-def _legend(options: TableOptions, cells: Sequence[Cell]) -> str:
-    """How to read a cell."""
+def _legend(options: TableOptions, cells: Sequence[Cell], baseline: str) -> str:
+    """How to read a cell: what some cell has."""
     mean = "mean ± standard deviation over trainings" if "sd" in options.show else "mean over trainings"
-    parts = ["; ".join([mean, *(_LEGEND[kind] for kind in options.show if kind in _LEGEND)])]
+    kinds = [kind for kind in options.show if kind != "sd"]
+    there = {kind for cell in cells for kind, text in zip(kinds, cell.beside, strict=False) if text}
+    parts = ["; ".join([mean, *(_LEGEND[kind].format(baseline=baseline) for kind in kinds if kind in there)])]
     if any(cell.best for cell in cells):
         lowest = ", lower is better" if options.metric in DISTANCES else ""
         parts.append(f"Bold: best of its column, underlined: second best{lowest}")

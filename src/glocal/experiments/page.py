@@ -14,7 +14,16 @@ from glocal import runs
 from glocal.data.store import Store
 from glocal.errors import GlocalError
 from glocal.experiments.design import Experiment
-from glocal.experiments.findings import Finding, boxes_of, cautions, figures_of, findings, pictures_of, ranks_of
+from glocal.experiments.findings import (
+    Finding,
+    boxes_of,
+    cautions,
+    figures_of,
+    findings,
+    judged_on,
+    pictures_of,
+    ranks_of,
+)
 from glocal.experiments.jobs import Failure
 from glocal.experiments.plan import Training
 from glocal.experiments.report import report
@@ -26,7 +35,8 @@ from glocal.progress import track
 from glocal.reporting.html import Cell, Picture, Report, Section, Table, papers, write_report
 from glocal.reporting.typeset import csv, html_table, latex, markdown
 
-RUNS = "runs.html"
+INDEX, RUNS = "index.html", "runs.html"
+ENDINGS = {"md": markdown, "csv": csv, "tex": latex}  # of the files of a table
 
 
 def write_results(
@@ -66,8 +76,8 @@ def write_results(
     cited = (paper for training in done for paper in read_header(training.job.folder / "model.safetensors").papers)
     page.warnings += missing
     page.key_figures, page.sections = key_figures, [*sections, *_tuning(tuning), *papers(cited), *_closing(design)]
-    write_report(page, design.folder / "index.html")
-    return design.folder / "index.html"
+    write_report(page, design.folder / INDEX)
+    return design.folder / INDEX
 
 
 def _write_csv(path: Path, frame: pd.DataFrame) -> None:
@@ -90,7 +100,7 @@ def _measured(
     tables, pictures = [], []
     drawn = set()
     for finding in found:
-        for ending, written in (("md", markdown), ("csv", csv), ("tex", latex)):
+        for ending, written in ENDINGS.items():
             write_text(design.folder / f"table-{finding.name}.{ending}", written(finding.layout))
         table = _with_links(design, finding)
         # How to read them is long, and said once.
@@ -101,10 +111,8 @@ def _measured(
             drawn.add(finding.what)
             pictures += _kept(design, finding.name, figures_of(design, finding))
     first = found[0]
-    text = "Click a number to see its trainings. The tables are also files for papers: " + ", ".join(
-        f"table-{finding.name}.md, .csv and .tex" for finding in found
-    )
-    sections = [Section("What came out", f"{text}.", tables, pictures)]
+    text = "Click a number to see its trainings. The tables are also files for papers, listed below them."
+    sections = [Section("What came out", text, [*tables, _files(found)], pictures)]
     if ranks := _ranks(design, first):
         sections.append(ranks)
     sections.append(Section("By structure", pictures=_kept(design, "structures", boxes_of(design, results))))
@@ -114,6 +122,15 @@ def _measured(
     except GlocalError as error:
         sections.append(Section("Pictures", text=f"No pictures of cases: {error}"))
     return _key_figures(design, first), sections
+
+
+def _files(found: Sequence[Finding]) -> Table:
+    """Links to the files of every table."""
+    rows: list[list[str | Cell]] = []
+    for finding in found:
+        files = [f"table-{finding.name}.{ending}" for ending in ENDINGS]
+        rows.append([finding.layout.title, *(Cell(file, href=quote(file)) for file in files)])
+    return Table("Files of the tables", ["Table", "Markdown", "CSV", "LaTeX"], rows)
 
 
 def _key_figures(design: Experiment, finding: Finding) -> list[tuple[str, str]]:
@@ -191,7 +208,7 @@ def _runs_page(design: Experiment, trainings: Sequence[Training], scores: pd.Dat
     for training in trainings:
         anchor = _anchor(design, training.variant.axes)
         name = ", ".join(f"{axis} {option}" for axis, option in training.variant.axes.items())
-        header = ["Training", "Split", "Draw", "Dice", "Pre-training"]
+        header = ["Training", "Split", "Draw", f"Dice, {judged_on(design)}", "Pre-training"]
         table = tables.setdefault(anchor, Table(name, header, [], anchor=anchor))
         value = dice.get(str(training.job.folder))
         score = "" if pd.isna(value) else f"{value:.3f}"
@@ -199,7 +216,13 @@ def _runs_page(design: Experiment, trainings: Sequence[Training], scores: pd.Dat
         row = [_link(design, training.job.folder), str(training.split.index), str(training.draw), score, before]
         table.rows = [*table.rows, row]
     lead = "Every training behind the numbers, with its own report: learning curves, every case, settings, versions."
-    return Report(f"{design.name}: trainings", lead, sections=[Section("Trainings", tables=list(tables.values()))])
+    results = Table(
+        "Results", ["Page", "What it shows"], [[Cell(design.name, href=INDEX), "tables, figures, pictures"]]
+    )
+    sections = [Section("Back to the experiment", tables=[results]), Section("Trainings", tables=list(tables.values()))]
+    return Report(
+        f"{design.name}: trainings", f"{lead} {cautions(design)}".strip(), sections=sections, footer=_footer()
+    )
 
 
 def _link(design: Experiment, folder: Path) -> str | Cell:
@@ -217,8 +240,11 @@ def _page(design: Experiment, trainings: Sequence[Training], failures: Sequence[
     lead = f"{lead} {cautions(design)}".strip()
     warnings = [f"{failure.job.folder.relative_to(design.out)}: {failure.reason}" for failure in failures]
     warnings += _warnings(design, trainings)
-    footer = f"Made by glocal {runs.environment()['glocal']}. Research software, not a medical device."
-    return Report(design.name, lead, warnings=warnings, footer=footer)
+    return Report(design.name, lead, warnings=warnings, footer=_footer())
+
+
+def _footer() -> str:
+    return f"Made by glocal {runs.environment()['glocal']}. Research software, not a medical device."
 
 
 def _warnings(design: Experiment, trainings: Sequence[Training]) -> list[str]:

@@ -110,12 +110,13 @@ def caption(out: Path) -> str:
     """What the numbers of a run's table are, in words."""
     settings = runs.settings_of(out)
     protocol = settings["protocol"]
+    draws = f"{protocol['draws']} draw{'s' * (protocol['draws'] != 1)}"
     subjects = (
         "development subjects (for choosing settings)" if protocol["evaluate"] == "development" else "test subjects"
     )
     words = (
         f"Volume-wise Dice in native resolution, mean over foreground classes, then over {subjects}; last checkpoint; "
-        f"mean ± standard deviation over all trainings, {protocol['draws']} draw(s) of the labelled volumes a split. "
+        f"mean ± standard deviation over all trainings, {draws} of the labelled volumes a split. "
         "Differences are paired with random initialisation: same split, same labelled volumes. Draws of one split "
         "share test subjects and pre-trained weights, so they are no independent trials."
     )

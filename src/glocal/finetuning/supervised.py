@@ -17,7 +17,7 @@ class Supervised(Strategy):
 
 SUPERVISED = StrategyEntry(
     paper="K. Chaitanya, E. Erdil, N. Karani, E. Konukoglu: Contrastive learning of global and local features for "
-    "medical image segmentation with limited annotations. NeurIPS 2020 (its baseline).",
+    "medical image segmentation with limited annotations. NeurIPS 2020.",
     summary="train on the labelled volumes with full augmentation",
     version=1,
     options=FinetuningOptions,

@@ -33,7 +33,7 @@ THIN: Any = {"color": INK, "linewidth": 1.2}
 class PictureRow:
     """One slice and what the methods made of it.
 
-    `image`, `truth` and each of `masks` (by method) are `(H, W)`; `miou` is the mean IoU by method; `aspect` is the
+    `image`, `truth` and each of `masks` (by method) are `(H, W)`; `dice` is the mean Dice by method; `aspect` is the
     height of a pixel over its width, in mm.
     """
 
@@ -41,13 +41,14 @@ class PictureRow:
     image: NDArray[np.generic]
     truth: Labels
     masks: Mapping[str, Labels]
-    miou: Mapping[str, float]
+    dice: Mapping[str, float]
     aspect: float = 1.0
 
 
 def budget_curves(frame: pd.DataFrame, ylabel: str = "Dice") -> bytes:
     """The mean of every method over the budgets as SVG, with its interval.
 
+    Points are not joined: as they are moved aside, the line of a better method could run below that of a worse one.
     `frame` has one row per method and budget: `method`, `labels`, `mean`, `low`, `high`; an interval that is NaN is not
     drawn.
     """
@@ -60,8 +61,9 @@ def budget_curves(frame: pd.DataFrame, ylabel: str = "Dice") -> bytes:
             rows = frame[frame["method"] == name].set_index("labels").reindex(budgets)
             x = np.arange(len(budgets)) + (number - (len(methods) - 1) / 2) * step
             axes.vlines(x, rows["low"], rows["high"], color=_colour(number), linewidth=1.6, alpha=0.8)
-            look = f"{MARKERS[number % len(MARKERS)]}{'--' if number > 6 else '-'}"
-            handles += axes.plot(x, rows["mean"], look, color=_colour(number), linewidth=1.6, markersize=5.5)
+            # Hollow where colours come again.
+            look: Any = {"color": _colour(number), "markerfacecolor": "white" if number > 6 else _colour(number)}
+            handles += axes.plot(x, rows["mean"], MARKERS[number % len(MARKERS)], markersize=6, **look)
         axes.set_xticks(range(len(budgets)), budgets)
         axes.set(xlabel="Labelled", ylabel=ylabel, xlim=(-0.5, len(budgets) - 0.5))
         axes.grid(axis="x", visible=False)
@@ -108,9 +110,10 @@ def forest(frame: pd.DataFrame, xlabel: str) -> bytes:
     frame = frame.dropna(subset="difference")
     budgets, names = _budgets(frame), {name: _wrapped(name, 22) for name in frame["method"].unique()}
     height = 0.1 + LINE * max(name.count("\n") + 1 for name in names.values())
+    xlabel = "\n".join(_wrapped(line, 40) for line in xlabel.split("\n"))  # the axis is narrower than the figure
     ticks: list[str] = []
     with mpl.rc_context(STYLE):
-        figure, axes = figures.canvas("", 0.8 + height * (len(frame) + len(budgets)))
+        figure, axes = figures.canvas("", 0.8 + 0.2 * xlabel.count("\n") + height * (len(frame) + len(budgets)))
         for budget in budgets:
             axes.axhspan(len(ticks) - 0.5, len(ticks) + 0.5, color="#f0f3f6", linewidth=0)
             ticks.append(f"{budget} labelled")
@@ -180,7 +183,7 @@ def critical_difference_diagram(ranks: Mapping[str, float], difference: float) -
 
 
 def picture_grid(rows: Sequence[PictureRow], methods: Sequence[str], class_names: Mapping[str, int]) -> bytes:
-    """Slices as PNG: each with the expert's labels, then with the mask of every method and its mean IoU.
+    """Slices as PNG: each with the expert's labels, then with the mask of every method and its Dice.
 
     Shown is the part of a slice that holds all its masks, with its surroundings.
     """
@@ -208,7 +211,7 @@ def picture_grid(rows: Sequence[PictureRow], methods: Sequence[str], class_names
             for axes in panels:
                 axes.set_axis_off()
             masks = (row.truth, *(row.masks[method] for method in methods))
-            scores = ("", *(f"mIoU {row.miou[method]:.2f}" for method in methods))
+            scores = ("", *(f"Dice {row.dice[method]:.2f}" for method in methods))
             for axes, title, mask, score in zip(panels, titles, masks, scores, strict=False):
                 figures.draw_slice(axes, row.image, None, mask, class_names, window, row.aspect)
                 axes.set_title(title, loc="center", fontsize=10, fontweight="normal", pad=4)
@@ -218,9 +221,9 @@ def picture_grid(rows: Sequence[PictureRow], methods: Sequence[str], class_names
 
 
 def _common_window(row: PictureRow, methods: Sequence[str]) -> figures.Window:
-    masks = [row.truth, *(row.masks[name] for name in methods if name in row.masks and name in row.miou)]
+    masks = [row.truth, *(row.masks[name] for name in methods if name in row.masks and name in row.dice)]
     if len(masks) <= len(methods) or any(mask.shape != row.image.shape for mask in masks):
-        raise GlocalError(f"{row.name} lacks a method's IoU, or a mask of the image's shape: show another case.")
+        raise GlocalError(f"{row.name} lacks a method's Dice, or a mask of the image's shape: show another case.")
     return figures.window_around(row.image.shape, *masks)
 
 

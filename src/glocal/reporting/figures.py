@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -46,6 +46,7 @@ STYLE: Any = {
     "svg.hashsalt": "glocal",  # the same figure is the same bytes
 }
 WIDTH = 5.6  # inches
+OPACITY = 0.65  # of a mask: over dark muscle, half a colour is no longer that of the legend
 
 Labels = NDArray[np.integer] | NDArray[np.bool_]
 Window = tuple[tuple[int, int], tuple[int, int]]
@@ -59,8 +60,8 @@ def learning_curves(
         figure, axes = canvas(title, 3.4)
         for number, (name, points) in enumerate(series.items()):
             x, y = np.array(points, dtype=float).reshape(-1, 2).T
-            mark = "o" if len(x) < 3 else None
-            axes.plot(x, y, color=ink_colour(number), linewidth=1.8, marker=mark, label=name)
+            mark, line = "o" if len(x) < 3 else None, "--" if number > 6 else "-"  # colours come again after seven
+            axes.plot(x, y, line, color=ink_colour(number), linewidth=1.8, marker=mark, label=name)
         if log:
             axes.set_yscale("log", nonpositive="mask")
             for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
@@ -128,8 +129,8 @@ def overlay_row(
 def class_boxes(frame: pd.DataFrame, metric: str, label: str = "") -> bytes:
     """One metric of every case by class as SVG: box (quartiles, median) and one point per case.
 
-    `frame` is what `evaluate` returns; hollow points are classes that were missed, invented or had no prediction.
-    `label` names the axis, else the metric's name does.
+    `frame` is what `evaluate` returns, its classes in the order of their labels; hollow points are classes that were
+    missed, invented or had no prediction. `label` names the axis, else the metric's name does.
     """
     with mpl.rc_context(STYLE):
         classes = list(frame["class"].unique())
@@ -137,7 +138,7 @@ def class_boxes(frame: pd.DataFrame, metric: str, label: str = "") -> bytes:
         for place, name in enumerate(classes):
             rows = frame[(frame["class"] == name) & frame[metric].notna()]
             values, lost = rows[metric].to_numpy(float), rows["note"].isin(["missed", "invented", "no prediction"])
-            colour = ink_colour(place)
+            colour = class_ink(place + 1)  # that of the class in pictures
             axes.boxplot(values, positions=[place], widths=0.5, showfliers=False, **box_style(colour))
             x = place + spread(len(values), 0.17)
             axes.scatter(x[~lost], values[~lost], s=14, color=colour, alpha=0.65, linewidth=0, zorder=3)
@@ -197,13 +198,15 @@ def draw_slice(
     aspect: float,
 ) -> None:
     """The shown part of a slice with masks as outlines and as fill; shapes as for `overlay`."""
-    low, high = np.percentile(image.astype(np.float32), (0.5, 99.5))
+    (top, bottom), (left, right) = window
+    # Of the shown part alone, and with its brightest spots cut: fat would darken all else.
+    low, high = np.percentile(image[top:bottom, left:right].astype(np.float32), (0.5, 98))
     axes.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect, interpolation="bilinear")
     for value in (value for value in class_names.values() if value != 0):
         colour = to_rgb(class_colour(value))
         if fill is not None:
             layer = np.zeros((*fill.shape, 4))
-            layer[fill == value] = (*colour, 0.5)
+            layer[fill == value] = (*colour, OPACITY)
             axes.imshow(layer, aspect=aspect, interpolation="nearest")
         if outline is not None and (outline == value).any():
             # One empty pixel around the slice closes the outline of a mask that touches its border.
@@ -212,7 +215,6 @@ def draw_slice(
             grid = np.arange(-1, width + 1), np.arange(-1, height + 1)
             for line, ink in ((3.2, (0.0, 0.0, 0.0)), (1.8, colour)):
                 axes.contour(*grid, padded, levels=[0.5], colors=[ink], linewidths=line)
-    (top, bottom), (left, right) = window
     axes.set(xlim=(left - 0.5, right - 0.5), ylim=(bottom - 0.5, top - 0.5))
     axes.set_axis_off()
 
@@ -220,6 +222,12 @@ def draw_slice(
 def class_colour(value: int) -> str:
     """The colour of a label value (1 or more), the same in every picture; they repeat after seven."""
     return COLOURS[(value - 1) % len(COLOURS)]
+
+
+def class_ink(value: int) -> str:
+    """The colour of a label value, darker: for lines on white."""
+    red, green, blue = to_rgb(class_colour(value))
+    return to_hex((0.8 * red, 0.8 * green, 0.8 * blue))
 
 
 def ink_colour(number: int) -> str:
