@@ -136,8 +136,9 @@ def test_the_stages_that_can_be_compared_are_those_of_the_method() -> None:
         ({"precision": "half"}, "precision=half does not fit: it must be 'auto', 'float32' or 'bfloat16'."),
         (
             {"protocol": {"tta": True}, "finetune": {"augmentation": {"spatial": "none"}}},
-            "protocol.tta=true, but slices are never turned, zoomed, shifted or mirrored in this fine-tuning, so its "
-            "network will know no moved views: leave it out, or move slices by augmentation.spatial.",
+            "protocol.tta=true, but slices are never turned, zoomed, shifted or mirrored in this fine-tuning (windows, "
+            "stretching and elastic changes do not count), so its network will know no moved views: leave it out, or "
+            "move slices by augmentation.spatial.",
         ),
         ({"max_iterations": -1}, "max_iterations=-1 does not fit: it must be at least 1."),
         ({"protocol": {"draw": 3}}, "protocol.draw is not a setting: did you mean 'draws'?"),
