@@ -57,7 +57,12 @@ def write_page(path: Path, record: Mapping[str, Any], table: pd.DataFrame, label
     ]
     lead = f"{len(table)} cases were segmented, those that need a human's eye come first. {record['summary']}"
     flagged = int((table["flags"] != "").sum())
-    figures = [("cases", str(len(table))), ("cases with a flag", str(flagged)), ("models", str(len(record["models"])))]
+    models = len(record["models"])
+    figures = [
+        ("cases", str(len(table))),
+        ("cases with a flag", str(flagged)),
+        ("models" if models > 1 else "model", str(models)),
+    ]
     if record["temperature"] is not None:
         figures.append(("temperature", f"{record['temperature']:.2f}"))
     sections = [
