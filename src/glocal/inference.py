@@ -189,12 +189,12 @@ def _refuse_changes(out: Path, cases: Mapping[str, Any], inputs: Sequence[Input]
         mask, known = out / case.target, cases.get(case.name)
         if known is None or not mask.exists():
             continue
-        if known["digest"] != case.digest():
+        if known.get("digest") != case.digest():
             raise GlocalError(
                 f"{mask} was predicted from another image ({known['image']}) than {case.files[0]} is now: choose "
                 "another folder, or replace it with --overwrite."
             )
-        if not all((out / name).exists() for name in maps.files(case)) and known["mask"] != digest(mask):
+        if not all((out / name).exists() for name in maps.files(case)) and known.get("mask") != digest(mask):
             raise GlocalError(
                 f"{mask} was changed after it was predicted, and the maps that are asked for would not belong to it: "
                 "choose another folder for them, or give the changes up with --overwrite."

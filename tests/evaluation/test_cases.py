@@ -87,6 +87,9 @@ def test_a_volume_that_no_other_case_has_is_flagged(volume: float, much: str) ->
     assert (flags.drop("odd") == "").all()
     few = cases_table({"0": cases["0"], "odd": odd})  # type: ignore[dict-item]
     assert (few["flags"] == "").all()
+    gone: Any = {**measures(wall=0), "volume": {"wall": 0.0}}
+    mostly = cases_table({**{str(k): gone for k in range(5)}, "odd": odd, "another": {**odd}})
+    assert (mostly.set_index("case")["flags"][["odd", "another"]] == "").all()  # usual where there is any
     unknown: Any = {**measures(wall=1), "volume": {"wall": None}}
     assert (cases_table({str(k): unknown for k in range(5)})["flags"] == "").all()
 

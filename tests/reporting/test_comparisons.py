@@ -16,11 +16,11 @@ from matplotlib.image import imread
 from glocal.errors import GlocalError
 from glocal.reporting.comparisons import (
     PictureRow,
-    budget_curves,
     class_boxes_by_method,
     critical_difference_diagram,
     forest,
     maximal_groups,
+    means_by_budget,
     picture_grid,
 )
 from glocal.reporting.figures import OPACITY, QUIET, class_colour
@@ -58,7 +58,7 @@ CLASSES = {"background": 0, "cavity": 1, "wall": 2}
 IMAGE = np.linspace(0, 50, 40 * 60).reshape(40, 60)
 ROW = PictureRow("case a", IMAGE, TRUTH, {"random": TRUTH * 0, "PCL": TRUTH * 2}, {"random": 0.0, "PCL": 0.5})
 FIGURES: list[Callable[[], bytes]] = [
-    lambda: budget_curves(curves(METHODS)),
+    lambda: means_by_budget(curves(METHODS)),
     lambda: class_boxes_by_method(boxes(METHODS, ["RV", "LV"]), "Dice"),
     lambda: forest(differences(METHODS), "Difference"),
     lambda: critical_difference_diagram(ranks(METHODS), 2.2),
@@ -100,7 +100,7 @@ def test_same_input_same_bytes_and_no_global_state(draw: Callable[[], bytes]) ->
 
 
 def test_curves_have_numbers_in_order_then_other_budgets() -> None:
-    found = words(budget_curves(curves(METHODS), "Mean IoU"))
+    found = words(means_by_budget(curves(METHODS), "Mean IoU"))
     assert [word for word in found if word in ("1", "8", "10", "all")] == ["1", "8", "10", "all"]
     assert [word for word in found if word in METHODS] == METHODS
     assert "Mean IoU" in found
@@ -110,13 +110,13 @@ def test_curves_draw_intervals_where_there_are_some() -> None:
     frame = curves(["random"])
     frame.loc[0, ["low", "high"]] = np.nan
     interval = r'<path d="M [^"]*"[^>]*stroke-opacity: 0.8'
-    assert len(re.findall(interval, budget_curves(frame).decode())) == len(frame) - 1
+    assert len(re.findall(interval, means_by_budget(frame).decode())) == len(frame) - 1
     missing = curves(METHODS).drop(index=5)  # one method was not trained with one budget
-    assert [word for word in words(budget_curves(missing)) if word in METHODS] == METHODS
+    assert [word for word in words(means_by_budget(missing)) if word in METHODS] == METHODS
 
 
 def test_points_are_not_joined_and_hollow_where_colours_come_again() -> None:
-    few, many = (budget_curves(curves(LONG[:count])).decode() for count in (7, 8))
+    few, many = (means_by_budget(curves(LONG[:count])).decode() for count in (7, 8))
     assert "stroke: #0072b2; stroke-width: 1.6" not in many  # a line through all budgets; intervals have an opacity
     hollow = "fill: #ffffff; stroke: #0072b2"
     assert hollow not in few
@@ -133,10 +133,10 @@ def test_the_label_of_a_forest_is_whole() -> None:
 
 
 def test_the_baseline_is_quiet_and_nothing_else_is() -> None:
-    alone = budget_curves(curves(["random"])).decode()
+    alone = means_by_budget(curves(["random"])).decode()
     assert f"fill: {QUIET}; stroke: {QUIET}" in alone
     assert "stroke: #0072b2" not in alone
-    assert "stroke: #0072b2" in budget_curves(curves(["random", "GCL"])).decode()
+    assert "stroke: #0072b2" in means_by_budget(curves(["random", "GCL"])).decode()
     # The forest leaves the baseline out and yet gives the others the colours they have in the curves.
     drawn = forest(differences(["random", "GCL"]), "x").decode()
     assert "stroke: #0072b2; stroke-width: 2.2" in drawn
@@ -262,7 +262,7 @@ def test_pictures_use_masks_and_aspect_of_their_row() -> None:
 def test_inputs_stay_and_odd_names_work() -> None:
     frames = curves(["_hidden", "a--b & <c>"]), differences(["x", "_hidden"]), boxes(["_hidden", "b"], ["_class"])
     copies = [frame.copy() for frame in frames]
-    assert "_hidden" in words(budget_curves(frames[0]))
+    assert "_hidden" in words(means_by_budget(frames[0]))
     assert "_hidden" in words(forest(frames[1], "x"))
     assert {"_hidden", "_class"} <= set(words(class_boxes_by_method(frames[2], "x")))
     for frame, copy in zip(frames, copies, strict=True):
@@ -272,9 +272,9 @@ def test_inputs_stay_and_odd_names_work() -> None:
 @pytest.mark.parametrize(
     ("draw", "says"),
     [
-        (lambda: budget_curves(curves(METHODS).drop(columns="low")), "no column 'low'"),
-        (lambda: budget_curves(curves(METHODS).iloc[:0]), "no mean"),
-        (lambda: budget_curves(pd.concat([curves(METHODS)] * 2)), "several values for one budget"),
+        (lambda: means_by_budget(curves(METHODS).drop(columns="low")), "no column 'low'"),
+        (lambda: means_by_budget(curves(METHODS).iloc[:0]), "no mean"),
+        (lambda: means_by_budget(pd.concat([curves(METHODS)] * 2)), "several values for one budget"),
         (lambda: forest(differences(["random"]), "x"), "only the baseline"),
         (lambda: forest(pd.concat([differences(METHODS)] * 2), "x"), "several values for one budget"),
         (lambda: class_boxes_by_method(boxes(METHODS, ["RV"]).assign(value=np.nan), "x"), "no value"),

@@ -69,7 +69,8 @@ def cases_table(cases: Mapping[str, Measures]) -> pd.DataFrame:
     unsure = pd.Series({name: measures["uncertainty"] for name, measures in cases.items()}, dtype=float)
     limit = _limit(np.asarray(unsure.dropna(), dtype=np.float64))
     usual = pd.DataFrame({name: measures["pieces"] for name, measures in cases.items()}).median(axis=1)
-    typical = pd.DataFrame({name: m["volume"] for name, m in cases.items()}, dtype=float).median(axis=1)
+    volumes = pd.DataFrame({name: measures["volume"] for name, measures in cases.items()}, dtype=float)
+    typical = volumes[volumes > 0].median(axis=1)  # of where there is any
     rows: list[tuple[tuple[float, ...], dict[str, Any]]] = []
     for name, measures in cases.items():
         flags = [f"{structure} is empty" for structure, count in measures["pieces"].items() if not count]

@@ -145,7 +145,7 @@ def _counts(summary: pd.DataFrame) -> str:
 def figures_of(design: Experiment, finding: Finding) -> Iterator[Picture]:
     """Curves over budgets, and paired differences; what has too little to show is left out."""
     if finding.values["labels"].nunique() > 1:
-        curves = comparisons.budget_curves(finding.summary, finding.label)
+        curves = comparisons.means_by_budget(finding.summary, finding.label)
         yield Picture(f"{finding.label} by budget, with intervals over subjects and draws", curves, "svg", wide=True)
     if finding.summary["difference"].notna().any():
         side = "right is better" if finding.higher_is_better else "left is better"

@@ -45,7 +45,7 @@ class PictureRow:
     aspect: float = 1.0
 
 
-def budget_curves(frame: pd.DataFrame, ylabel: str = "Dice") -> bytes:
+def means_by_budget(frame: pd.DataFrame, ylabel: str = "Dice") -> bytes:
     """The mean of every method over the budgets as SVG, with its interval.
 
     Points are not joined: as they are moved aside, the line of a better method could run below that of a worse one.
