@@ -102,22 +102,41 @@ def test_distributed_finetuning_is_the_same(
     assert_same_training(tmp_path / "one", tmp_path / "two")
 
 
+COMMANDS = """
+import json, sys
+from glocal.cli import main
+for words in json.loads(sys.argv[1]):
+    sys.argv[1:] = words
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
+
+
 def test_distributed_torchrun_trains_one_run(store: Store, tmp_path: Path) -> None:
     """Both stages, from the command line: one run folder, said once, the weights of a single process."""
     words = ["device=cpu", "max_iterations=4", "network.widths=[4,8,8]", "log=[]", "blocks=1", "precision=float32"]
     words += ["hidden=16", "outputs=8", "volumes=2", "local_batch=3", "optimizer=sgd"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    torchrun += ["-m", "glocal"]
-    command = [*torchrun, "pretrain", str(store.path), str(tmp_path / "two"), "--method", "gcl", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for _ in range(2):  # the second time it is done already
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Weights:") == 1
-    done = subprocess.run([*command, "seed=7"], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1  # torchrun's own
-    assert "was begun with seed=0, now it is 7" in done.stderr
-    assert "Connection" not in done.stderr  # nobody waits for one who has refused
+    pretrain = ["pretrain", str(store.path), str(tmp_path / "two"), "--method", "gcl", *words]
+    finetune = ["finetune", str(store.path), str(tmp_path / "fine"), "--from", str(tmp_path / "two"), "--labels", "2"]
+    finetune += ["device=cpu", "max_iterations=2", "batch=4", "log=[]", "precision=float32"]
+    measure = [[*finetune, f"protocol.evaluate={subjects}"] for subjects in ("development", "test")]
+    program = tmp_path / "commands.py"
+    program.write_text(COMMANDS, encoding="utf-8")
+
+    def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    # One start for all: the second pre-training is done already, the second fine-tuning is only measured.
+    done = torchrun(str(program), json.dumps([pretrain, pretrain, *measure]))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Weights:") == 2
+    measured = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("Measured on")]
+    assert measured == ["development", "development", "test"]  # the last command says both
     one = load_file(pretrain_with(store.path, tmp_path / "one", "gcl", words))
     two = load_file(tmp_path / "two" / "model.safetensors")
     assert one.keys() == two.keys()
@@ -126,13 +145,9 @@ def test_distributed_torchrun_trains_one_run(store: Store, tmp_path: Path) -> No
     lines = (tmp_path / "two" / "stage-2-local" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [1, 4]
     assert manifest_of(tmp_path / "two")["kind"] == "pretrain"
-
-    command = [*torchrun, "finetune", str(store.path), str(tmp_path / "fine"), "--from", str(tmp_path / "two")]
-    command += ["--labels", "2", "device=cpu", "max_iterations=2", "batch=4", "log=[]", "precision=float32"]
-    for subjects in ("development", "test"):  # the second is only measured; the first process does that alone
-        done = subprocess.run(
-            [*command, f"protocol.evaluate={subjects}"], env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count(f"Measured on {subjects} subjects") == 1
     assert manifest_of(tmp_path / "fine")["evaluated"] == {"development": ["case4"], "test": ["case5"]}
+
+    refused = torchrun("-m", "glocal", *pretrain, "seed=7")
+    assert refused.returncode == 1  # torchrun's own
+    assert "was begun with seed=0, now it is 7" in refused.stderr
+    assert "Connection" not in refused.stderr  # nobody waits for one who has refused
