@@ -132,6 +132,12 @@ def test_the_label_of_a_forest_is_whole() -> None:
     assert size(svg)[1] > short[1] + 20  # it takes nothing of the rows
 
 
+def test_numbers_below_a_forest_have_room() -> None:
+    frame = differences(["random", "PCL"]).assign(difference_low=-0.039, difference_high=0.15)  # as measured once
+    numbers = [word for word in words(forest(frame, "Difference")) if re.fullmatch(r"[−-]?0\.\d+", word)]
+    assert 3 <= len(numbers) <= 6
+
+
 def test_the_baseline_is_quiet_and_nothing_else_is() -> None:
     alone = means_by_budget(curves(["random"])).decode()
     assert f"fill: {QUIET}; stroke: {QUIET}" in alone

@@ -129,6 +129,7 @@ def forest(frame: pd.DataFrame, xlabel: str) -> bytes:
             if label.get_text() not in names.values():
                 label.set(fontweight="bold", color=INK)
         axes.tick_params(axis="y", length=0)
+        axes.locator_params(axis="x", nbins=5)  # more numbers would run into each other
         axes.grid(axis="y", visible=False)
         axes.set(xlabel=xlabel, ylim=(len(ticks) - 0.5, -0.5))
         return figures.to_bytes(figure, "svg")
