@@ -1,5 +1,6 @@
 """A dataset so small that every test may train on it."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 
+from glocal.checkpoints import checkpoint_in, training_state
 from glocal.data.image import Geometry, write_volume
 from glocal.data.plan import PreprocessOptions
 from glocal.data.preprocess import preprocess
@@ -125,3 +128,15 @@ def _seed() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)  # more are slower with tensors this small
+
+
+@pytest.fixture
+def begun_long_ago() -> Callable[[Path], None]:
+    """Make the checkpoint in a folder one of a training that has taken 1000 seconds."""
+
+    def age(folder: Path) -> None:
+        facts = training_state(folder) | {"seconds": 1000.0}
+        path = checkpoint_in(folder)
+        save_file(load_file(path), path, metadata={"glocal": json.dumps(facts)})
+
+    return age

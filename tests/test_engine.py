@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from math import cos, pi
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from glocal import devices, engine
-from glocal.checkpoints import training_state
+from glocal.checkpoints import seconds_spent, training_state
 from glocal.data.store import Store
 from glocal.devices import fabric_for
 from glocal.engine import TrainingOptions, learning_rate_factor, train
@@ -112,7 +113,9 @@ def test_the_log_holds_losses_rate_and_figures(tmp_path: Path) -> None:
     assert [line["iteration"] for line in lines if "score" in line] == [5, 10, 12]
     assert seen == [learner] * 3
     assert losses[-1]["loss"] < losses[0]["loss"]
-    assert training_state(tmp_path) == {"step": 12, "precision": "float32", "threads": 1, "warnings": ["odd"]}
+    state = training_state(tmp_path)
+    assert 0 < state.pop("seconds") < 100
+    assert state == {"step": 12, "precision": "float32", "threads": 1, "warnings": ["odd"]}
 
 
 @pytest.mark.usefixtures("_checkpoint_always")
@@ -137,6 +140,19 @@ def test_a_stopped_training_ends_as_if_it_had_not_been(tmp_path: Path, optimizer
     logs = [(tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8") for name in ("whole", "parts")]
     assert logs[0] == logs[1]
     assert not same(Learner().state_dict(), continued.state_dict())
+
+
+@pytest.mark.usefixtures("_checkpoint_always")
+def test_the_time_of_every_start_counts(tmp_path: Path, begun_long_ago: Callable[[Path], None]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(Learner(stop_at=7), options(), tmp_path / "stage", "test")
+    begun_long_ago(tmp_path / "stage")
+    train(Learner(), options(), tmp_path / "stage", "test")
+    (tmp_path / "other").mkdir()
+    train(Learner(), options(), tmp_path / "other", "test")
+    assert 1000 < training_state(tmp_path / "stage")["seconds"] < 1100
+    assert 1000 < seconds_spent(tmp_path) < 1100
+    assert seconds_spent(tmp_path / "other") < 100
 
 
 def test_a_finished_training_is_not_trained_again(tmp_path: Path) -> None:

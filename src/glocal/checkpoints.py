@@ -29,7 +29,7 @@ def save(folder: Path, learner: nn.Module, optimizer: Any, facts: dict[str, Any]
 
 
 def training_state(folder: Path) -> dict[str, Any]:
-    """What the last checkpoint in `folder` says: `step`, `precision`, `threads`, `warnings`; empty if there is none.
+    """What the last checkpoint in `folder` says: `step`, `seconds`, `precision`, `threads`, `warnings`. Empty: none.
 
     Raises:
         GlocalError: the file is damaged.
@@ -43,6 +43,15 @@ def training_state(folder: Path) -> dict[str, Any]:
             return facts
     except Exception as error:
         raise GlocalError(f"{path} is damaged: delete it, and the training of this stage begins anew.") from error
+
+
+def seconds_spent(run: Path) -> float:
+    """Seconds of training, of all stages and starts of a run, up to the checkpoints in its folders.
+
+    Raises:
+        GlocalError: one of them is damaged.
+    """
+    return sum(float(training_state(path.parent).get("seconds", 0)) for path in run.rglob(checkpoint_in(run).name))
 
 
 def restore(folder: Path, learner: nn.Module, optimizer: Any) -> None:

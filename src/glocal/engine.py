@@ -123,6 +123,7 @@ def _train(
     evaluate: Callable[[nn.Module], dict[str, float]] | None,
     evaluate_every: int,
 ) -> list[str]:
+    begun = time.monotonic() - state.get("seconds", 0.0)
     first = rank() == 0  # only the first of several processes writes
     device, loggers = device_named(options.device), list[Logger]()
     precision = first_decides(lambda: precision_of(device, state.get("precision", options.precision)))
@@ -136,7 +137,7 @@ def _train(
     warnings: list[str] = state.get("warnings", [])
     facts = {"precision": precision, "threads": torch.get_num_threads()}
     if first and not state:  # from here on, whatever machine continues
-        save(folder, learner, optimizer, {"step": 0, "warnings": [], **facts})
+        save(folder, learner, optimizer, {"step": 0, "seconds": 0.0, "warnings": [], **facts})
     saved = time.monotonic()
 
     with progress() as bar:
@@ -169,8 +170,9 @@ def _train(
                 for warning in new:
                     console.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
             if last or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                save(folder, learner, optimizer, {"step": done, "warnings": warnings, **facts})
                 saved = time.monotonic()
+                spent = round(saved - begun, 1)
+                save(folder, learner, optimizer, {"step": done, "seconds": spent, "warnings": warnings, **facts})
     for logger in fabric.loggers:
         logger.finalize("success")
     return warnings

@@ -131,7 +131,13 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
 
 def finish(folder: Path, started: float, **facts: Any) -> None:
-    """Write `manifest.json`: the run is done; versions, machine, time, peak memory and the given facts."""
+    """Write `manifest.json`: the run is done; versions, machine, time, peak memory and the given facts.
+
+    Args:
+        folder: the run folder.
+        started: seconds since the epoch; an interrupted training began as much earlier as it had trained by then.
+        facts: whatever else is to be known of it.
+    """
     write_json(folder / "manifest.json", {**facts, **environment(), "seconds": round(time.time() - started, 1)})
 
 

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,25 @@ def test_a_finished_run_is_kept_and_other_settings_are_refused(
             finetune(store, run, {**settings, key: value})
     with pytest.raises(GlocalError, match="begun with another split of the cases"):
         finetune(store, run, settings, split=Split(0, ("case0", "case1", "case2"), (), ("case5",)))
+
+
+def test_the_time_of_an_interrupted_run_counts(
+    store: Store,
+    tmp_path: Path,
+    cheap: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    begun_long_ago: Callable[[Path], None],
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("glocal.finetuning.finetune.measure", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(store, tmp_path, {**cheap, **SHORT})
+    monkeypatch.undo()
+    begun_long_ago(tmp_path)
+    finetune(store, tmp_path, {**cheap, **SHORT})
+    assert 1000 < manifest_of(tmp_path)["seconds"] < 1100
 
 
 def test_a_dataset_that_has_moved_is_said(store: Store, tmp_path: Path, cheap: dict[str, Any]) -> None:

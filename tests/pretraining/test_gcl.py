@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -313,7 +314,11 @@ def test_what_cannot_be_learnt_is_refused_before_anything_is_written(
 
 
 def test_the_second_stage_computes_as_the_first_has_begun(
-    store: Store, tmp_path: Path, cheap: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    store: Store,
+    tmp_path: Path,
+    cheap: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    begun_long_ago: Callable[[Path], None],
 ) -> None:
     settings = {**cheap, **WIDTHS, "method": "gcl", "max_iterations": 2, "precision": "auto"}
     work, threads = pretraining.train, torch.get_num_threads()
@@ -330,6 +335,7 @@ def test_the_second_stage_computes_as_the_first_has_begun(
         with pytest.raises(KeyboardInterrupt):
             pretrain(store, tmp_path, settings)
         monkeypatch.setattr(pretraining, "train", work)
+        begun_long_ago(tmp_path / "stage-1-global")
         torch.set_num_threads(1)  # another machine
         monkeypatch.setattr(engine, "precision_of", lambda _, asked: "float32" if asked == "auto" else asked)
         pretrain(store, tmp_path, settings)
@@ -338,6 +344,7 @@ def test_the_second_stage_computes_as_the_first_has_begun(
     for stage in ("stage-1-global", "stage-2-local"):
         state = training_state(tmp_path / stage)
         assert (state["precision"], state["threads"]) == ("bfloat16", 2)
+    assert 1000 < manifest_of(tmp_path)["seconds"] < 1100  # those of the first start, too
 
 
 def test_regions_lie_where_the_image_is(

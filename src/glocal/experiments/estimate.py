@@ -98,7 +98,7 @@ def _scratch(out: Path) -> Iterator[Path]:
 
 def _spent(jobs: Sequence[Job]) -> dict[str, Any]:
     """Seconds per iteration of those that are finished; empty if none is."""
-    # The median, because one that was interrupted counts its last part alone.
+    # The median, because one may have been slow beside others, or on another machine.
     rates = [read_json(job.folder / "manifest.json")["seconds"] / job.iterations for job in jobs if not job.left]
     return {"step": median(rates)} if rates else {}
 

@@ -239,7 +239,7 @@ def closing(run: Path) -> list[Section]:
     versions = [["glocal", made["glocal"]], ["Python", made["python"]], *([k, v] for k, v in made["packages"].items())]
     facts = [
         ["machine", made["machine"]],
-        ["time, last start to end", f"{made['seconds']:.0f} s"],
+        ["time, last start to end" if made["kind"] == "run" else "time", f"{made['seconds']:.0f} s"],
         ["peak memory of the process", f"{made['peak_memory_mib']} MiB"],
     ]
     return [

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from glocal import engine, inference, runs
+from glocal.checkpoints import seconds_spent
 from glocal.data import sampling
 from glocal.data.dataset import read_dataset, some
 from glocal.data.sampling import Pool
@@ -97,6 +98,7 @@ def finetune(
                 console.print(report.sentence(), highlight=False)
             if cases:  # where their label maps are: a dataset that has moved is said before training, not after
                 read_dataset(store.dataset)
+            started -= seconds_spent(run)
             warnings = _train(store, run, options, split, draw, header, begin)
         if rank() == 0 and not is_measured(run, protocol.measured):  # the first process measures alone
             if finished:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from glocal import engine, runs
-from glocal.checkpoints import training_state
+from glocal.checkpoints import seconds_spent, training_state
 from glocal.contrast import losses
 from glocal.data import sampling
 from glocal.data.sampling import Pool
@@ -104,6 +104,7 @@ def pretrain(
     )
     with ExitStack() as stack:
         if not first_decides(lambda: begin_on_split(stack, run, "pretrain", facts, options, split, draw)):
+            started -= seconds_spent(run)
             warnings = _train_stages(method, options, [pool, *labelled], run, header)
             first_decides(lambda: _finish(run, _last_stage(method, options, run), pool.store, split, options, header))
             first_decides(lambda: runs.finish(run, started, kind="pretrain", warnings=warnings))
