@@ -202,6 +202,7 @@ def test_what_stands_beside_a_mean() -> None:
     assert all(word in layout.note for word in words)
     assert not any(word in lay(frame[:1], show=show).note for word in words[1:])  # no cell has them
     assert "Δ against PCL: paired" in lay_out(frame, TableOptions(show=show), {}, "", baseline="PCL").note
+    assert lay_out(frame, TableOptions(show=["difference", "p"]), {}, "", baseline="PCL").title == "Difference to PCL"
     assert lay(frame, show=("difference",), digits=1).cells[1][0] == Cell("0.5", ("Δ 0.0 [−0.1, 0.0]",), best=True)
     alone = frame.assign(difference_low=NAN, difference_high=NAN, p_holm=0.0312)
     assert lay(alone, show=("difference", "p")).cells[1][0].beside == ("Δ −0.012", "p = 0.031")

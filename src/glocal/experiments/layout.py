@@ -46,7 +46,7 @@ class TableOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)  # YAML reads a budget as number
 
-    title: str = ""
+    title: str = Field("", description="else what is measured, or the difference to what baseline")
     rows: tuple[str, ...] = Field(("contender",), min_length=1, description="axes, the outermost first")
     columns: tuple[str, ...] = Field(("labels",), min_length=1, description="axes, the outermost first")
     metric: Literal["dice", "iou", "hd95", "hd", "assd", "nsd"] = "dice"
@@ -154,9 +154,8 @@ def lay_out(
         notes.append(f"Labelled volumes: {words.of(['labels'], asked['labels'])[0]}.")
     notes.append(_incomplete(records, row_names, paths))
     stub = tuple(names.get(axis, axis) for axis in options.rows)
-    return Layout(
-        options.title or measured, caption, " ".join(filter(None, notes)), stub, header, row_names, cells, figures
-    )
+    title = options.title or (f"Difference to {baseline}" if options.only_differences else measured)
+    return Layout(title, caption, " ".join(filter(None, notes)), stub, header, row_names, cells, figures)
 
 
 @dataclass(frozen=True)
