@@ -83,6 +83,15 @@ def test_features_that_are_all_equal_give_the_mean_position() -> None:
         assert nearest(flat, SUBJECT).shape == SUBJECT.shape
 
 
+def test_a_channel_that_was_silent_tells_nothing_when_it_speaks() -> None:
+    x, subject = noise(300, 60), torch.arange(300) % 10  # so many that rounding leaves no weight at 0
+    position, fitted = noise(300, seed=1).sigmoid(), subject < 7
+    expected = predicted(x[fitted], position[fitted], subject[fitted], x[~fitted])
+    x = torch.cat([x, (~fitted).double()[:, None] * torch.linspace(0, 1, 20).double()], 1)
+    told = predicted(x[fitted], position[fitted], subject[fitted], x[~fitted])
+    torch.testing.assert_close(told, expected)
+
+
 def test_neighbours_are_the_most_similar_slices_of_other_folds() -> None:
     x, fold = noise(len(SUBJECT), 5) + 3, SUBJECT % 3
     centred = (x - x.mean(0)).tolist()

@@ -116,8 +116,8 @@ def predicted(x: Tensor, position: Tensor, subject: Tensor, asked: Tensor) -> Te
     Args:
         x: `(n, c)` features of the others, who are two or more; with `position` and `subject` `(n,)`.
     """
-    mean = x.mean(0)  # what differs by no more than rounding does not differ:
-    scale = (x.std(0) + 1e-6 * mean.abs()).clamp(min=torch.finfo(x.dtype).tiny)
+    mean, spread = x.mean(0), x.std(0)  # what differs by no more than rounding does not differ:
+    scale = (spread + 1e-6 * mean.abs()).masked_fill(spread <= 1e-6 * spread.max(), torch.inf)
     u, s, vh = torch.linalg.svd((x - mean) / scale, full_matrices=False)
     target = position - position.mean()
     errors = [_error_of_others(u, s**2 / (s**2 + len(x) * strength), target, subject) for strength in STRENGTHS]
