@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from glocal.contrast.collapse import is_collapsed
+from glocal.contrast.collapse import effective_rank, is_collapsed
 
 
 def spread(cosine: float, n: int = 10) -> torch.Tensor:
@@ -33,3 +33,14 @@ def test_dead_features_are_collapsed_and_one_image_is_not() -> None:
 def test_low_precision_features() -> None:
     assert bool(is_collapsed(torch.ones(4, 3, dtype=torch.bfloat16)))
     assert not bool(is_collapsed(torch.eye(4, dtype=torch.bfloat16)))
+
+
+def test_the_effective_rank_counts_directions() -> None:
+    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
+    x = x - x.mean(0)
+    values = torch.linalg.eigvalsh(x.T @ x)
+    assert float(effective_rank(x + 3)) == pytest.approx(float(values.sum() ** 2 / values.square().sum()), rel=1e-4)
+    line = torch.linspace(-1, 2, 8)[:, None] * torch.tensor([1.0, -1.0, 1.0])
+    assert float(effective_rank(line)) == pytest.approx(1, rel=1e-5)
+    assert float(effective_rank(torch.eye(5))) == pytest.approx(4, rel=1e-5)
+    assert float(effective_rank(torch.ones(4, 3))) == 0

@@ -17,6 +17,7 @@ from glocal.errors import GlocalError
 from glocal.pretraining import pixel_global
 from glocal.pretraining.base import COLLAPSED, Stage
 from glocal.pretraining.pixel_global import (
+    ONE_LINE,
     Options,
     PixelGlobal,
     another,
@@ -565,6 +566,18 @@ def test_collapse_is_said(kind: str, store: Store, cheap: dict[str, Any]) -> Non
         last.weight.zero_()
     stage.losses(0)
     assert stage.warning() == COLLAPSED
+
+
+def test_outputs_that_all_say_the_same_are_said(store: Store, cheap: dict[str, Any]) -> None:
+    """Batch norm lets one image differ from all others, in all outputs alike."""
+    stage = made(store, cheap)
+    stage.losses(0)
+    assert stage.warning() is None
+    with torch.no_grad():
+        first = stage.heads["image"].get_submodule("layers.3").get_parameter("weight")  # (outputs, hidden)
+        first.copy_(first[:1] * (1 - 2 * (torch.arange(len(first)) % 2))[:, None])
+    stage.losses(0)
+    assert stage.warning() == ONE_LINE
 
 
 def test_a_teacher_that_is_not_sharper_is_named(store: Store, cheap: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from glocal.checkpoints import checkpoint_in
-from glocal.contrast.collapse import is_collapsed
+from glocal.contrast.collapse import effective_rank, is_collapsed
 from glocal.data.sampling import Pool, Slices
 from glocal.distributed import all_sum, share, whole
 from glocal.engine import TrainingOptions
@@ -37,6 +37,11 @@ from glocal.views.spatial import SpatialOptions
 from glocal.views.view import View, ViewOptions, draw_view
 
 STAGE = "network"
+MANY = 6  # images, of which by chance no embeddings lie nearly on one line
+ONE_LINE = (
+    "All outputs say the same one thing about the images, as far as they differ at all: the global loss has collapsed "
+    "in spite of batch norm. Lower learning_rate or use a larger batch, in a new run folder, and look at the probe."
+)
 
 
 class Options(TrainingOptions):
@@ -129,6 +134,7 @@ class PixelGlobal(Stage):
         for norm in [list(head.modules())[-1] for head in self.heads.values()]:
             norm.get_parameter("weight").requires_grad_(options.paper_exact)
         self.teacher = Teacher(network, self.heads)
+        self._images_seen: Tensor | None = None
         self._pixels_seen: Tensor | None = None
         self.temperature = 1.0 if options.paper_exact else options.temperature
         self.register_buffer("image_centre", torch.zeros(options.outputs))
@@ -166,6 +172,7 @@ class PixelGlobal(Stage):
             told = network.encode(theirs.image(images[0]))
             target = whole(heads["image"](told[-1]), batch)
         self.watch((logits / self.temperature).softmax(1))
+        self._images_seen = logits.detach()
         loss = cross_entropy(self.prediction(target, self.image_centre), logits, self.temperature).mean()
         found = {"global": loss, "image": target.mean(0), "local": torch.zeros_like(loss), "pixel": self.pixel_centre}
         if o.variant == "GO":
@@ -195,11 +202,15 @@ class PixelGlobal(Stage):
         o: Options = self.options
         if self._pixels_seen is not None and bool(is_collapsed(self._pixels_seen)):
             return COLLAPSED
+        if (said := super().warning()) is not None:
+            return said
+        if (seen := self._images_seen) is not None and len(seen) >= MANY and bool(effective_rank(seen) < 1.2):
+            return ONE_LINE
         if not o.paper_exact and o.teacher_temperature >= o.temperature:
             return "The teacher is not sharper than the student, and all predictions tend to become equal: lower " + (
                 f"teacher_temperature={o.teacher_temperature} below temperature={o.temperature}."
             )
-        return super().warning()
+        return None
 
     def _entropies(
         self, taps: list[Tensor], told: list[Tensor], points: Tensor, dropout: Dropout
