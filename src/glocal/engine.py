@@ -243,7 +243,6 @@ class _Log:
         self.path = path
         kept = [line for line in self._lines() if json.loads(line)["iteration"] <= first]
         write_text(path, "".join(f"{line}\n" for line in kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def _lines(self) -> list[str]:
         if not self.path.exists():
@@ -252,8 +251,8 @@ class _Log:
         return [line for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
     def write(self, iteration: int, figures: dict[str, float]) -> None:
-        self._file.write(json.dumps({"iteration": iteration, **figures}) + "\n")
-        self._file.flush()
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"iteration": iteration, **figures}) + "\n")
 
 
 def _loggers(options: TrainingOptions, folder: Path) -> list[Logger]:
