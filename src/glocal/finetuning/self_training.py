@@ -16,13 +16,11 @@ from glocal.distributed import first_decides, share, whole
 from glocal.ensemble import Ensemble
 from glocal.errors import GlocalError
 from glocal.finetuning.base import SemiSupervisedOptions, Strategy, StrategyEntry, ramp_up
-from glocal.finetuning.consistency import draw_cutmix
 from glocal.finetuning.pseudo_labels import IGNORED, PseudoLabels
 from glocal.inference import folded
 from glocal.networks.base import SegmentationNetwork
 from glocal.randomness import generator
 from glocal.views.moves import moves, refuse_still
-from glocal.views.ranges import Probability
 
 
 class Options(SemiSupervisedOptions):
@@ -46,9 +44,6 @@ class Options(SemiSupervisedOptions):
     )
     tta: bool = Field(
         False, description="a pseudo-label is the mean of moved views of its slice, as in `glocal predict --tta`"
-    )
-    cutmix: Probability = Field(
-        0.0, description="of a box of another pseudo-labelled slice, in image and label map alike (as in FixMatch)"
     )
     ramp_up: float = Field(0.0, ge=0, le=1, description="share of each round over which the weight rises to `weight`")
     masks: bool = Field(True, description="at the end, write the last pseudo-labels as masks, to look at in a viewer")
@@ -126,12 +121,7 @@ class SelfTraining(Strategy):
         rows = torch.searchsorted(self.pseudo.slices.index, own.index)
         labels = torch.from_numpy(self.current[1][rows.numpy()]).to(images.device).long()
         view = self.view(o.augmentation, images, len(slices), step, "unlabelled view")
-        images, labels = view.image(images), view.labels(labels)
-        if o.cutmix:
-            size = (images.shape[-2], images.shape[-1])
-            mixing = draw_cutmix(len(slices), size, o.cutmix, generator(o.seed, step, "boxes"))
-            images, labels = (mixing(whole(x, len(slices)))[share(len(slices))] for x in (images, labels))
-        return images, labels, len(slices)
+        return view.image(images), view.labels(labels), len(slices)
 
     def consistency_weight(self, step: int) -> float:
         """Weight of the pseudo-labelled slices; it rises anew in each round."""
