@@ -38,7 +38,7 @@ def effective_rank(features: Tensor) -> Tensor:
     Returns:
         Scalar, without waiting for the device; 0 if all are equal.
     """
-    centred = features.detach().float() - features.detach().float().mean(0)
-    gram = centred @ centred.T
-    total: Tensor = gram.trace().square() / gram.square().sum().clamp_min(torch.finfo(gram.dtype).tiny)
-    return total
+    vectors = features.detach().float()
+    gram = (vectors - vectors.mean(0)) @ (vectors - vectors.mean(0)).T  # it has the same eigenvalues, and zeros
+    rank: Tensor = gram.trace().square() / gram.square().sum().clamp_min(torch.finfo(gram.dtype).tiny)
+    return rank
