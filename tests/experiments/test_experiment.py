@@ -220,6 +220,17 @@ def test_the_recipe_that_is_kept_is_the_experiment(out: Path) -> None:
     assert (kept.name, kept.folder) == ("first", out / "first")
 
 
+def test_words_choose_options_of_the_recipe_with_their_settings(raw: Path, tmp_path: Path) -> None:
+    vary = {"contender": ["random", "pcl"], "labels": {1: {}, "all": {"finetune.max_iterations": 7}}}
+    recipe = written(tmp_path / "long.yaml", experiment={"vary": vary})
+    words = [f"data={raw}", f"out={tmp_path / 'out'}", "experiment.vary.labels=[all]"]
+    found = read_experiment(recipe, words).variants
+    assert [(v.contender, v.axes["labels"], v.recipe.finetune["max_iterations"]) for v in found] == [
+        ("random", "all", 7),
+        ("pcl", "all", 7),
+    ]
+
+
 def test_started_again_nothing_is_trained(
     out: Path, recipe: str, raw: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ from glocal.experiments.grid import (
     ExperimentOptions,
     Variant,
     baseline_of,
+    chosen_options,
     experiment_options,
     nested,
     option_name,
@@ -221,6 +222,25 @@ def test_the_baseline_is_as_said_or_the_first(text: str, baseline: Mapping[str, 
 def test_an_unknown_baseline_is_refused(text: str, sentence: str) -> None:
     with pytest.raises(GlocalError, match=sentence):
         baseline_of(options_of(text), found_in(text))
+
+
+def test_a_list_chooses_among_options_with_their_settings() -> None:
+    long: dict[str, Any] = {"finetune.max_iterations": 9}
+    of_recipe = {"labels": {1: {}, 2: None, "all": long}, "way": {"a": {"seed": 3}, "b": {"seed": 4}}, "seed": [1, 2]}
+
+    def after(**words: Any) -> Mapping[str, Any]:
+        return chosen_options(of_recipe | words, of_recipe)
+
+    assert after() == of_recipe
+    assert list(after(labels=["all", 1])["labels"].items()) == [("all", long), (1, {})]
+    assert after(labels=["1"])["labels"] == {"1": {}}
+    assert after(labels=[4, "all"])["labels"] == {4: {}, "all": long}  # what the recipe does not have is new
+    assert after(way=["b"])["way"] == {"b": {"seed": 4}}
+    assert after(labels={"all": {}})["labels"] == {"all": {}}
+    for untouched in ({"seed": [2]}, {"labels": ["all", "all"]}, {"labels": [["case0", "case1"]]}, {"cases": ["x"]}):
+        assert after(**untouched) == of_recipe | untouched
+    with pytest.raises(GlocalError, match=r"experiment\.vary\.way has no option 'c': choose one of a, b"):
+        after(way=["b", "c"])
 
 
 def test_names_are_given_to_options_that_yaml_reads_as_numbers_or_truth() -> None:

@@ -10,7 +10,14 @@ from glocal.devices import device_named, precision_of
 from glocal.errors import GlocalError
 from glocal.evaluation.metrics import OVERLAPS
 from glocal.experiments.derive import derived
-from glocal.experiments.grid import ExperimentOptions, Variant, baseline_of, experiment_options, variants
+from glocal.experiments.grid import (
+    ExperimentOptions,
+    Variant,
+    baseline_of,
+    chosen_options,
+    experiment_options,
+    variants,
+)
 from glocal.experiments.layout import TableOptions, check_layout
 from glocal.experiments.recipe import read_recipe
 from glocal.experiments.trainings import refuse_impossible_draws, refuse_unmeasured
@@ -86,6 +93,8 @@ def read_experiment(recipe: str, words: Sequence[str] = ()) -> Experiment:
     if not settings.get("data"):
         raise GlocalError("Say which data: data=DATASET (and where to with out=FOLDER, else `experiments`).")
     options = experiment_options(settings.pop("experiment", {}))
+    of_recipe = experiment_options(read_recipe(recipe).get("experiment", {}))
+    options = options.model_copy(update={"vary": chosen_options(options.vary, of_recipe.vary)})
     asked = {**settings, "experiment": options.model_dump(mode="json") | {"vary": options.vary}}
     out = Path(str(settings.get("out") or OUT)).resolve()
     if (out / "recipe.yaml").exists():

@@ -100,6 +100,31 @@ class Variant:
         return Variant(self.axes, merged(self.settings, nested(settings)))
 
 
+def chosen_options(vary: Mapping[str, Any], of_recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The axes as `key=value` words leave them: an option that a list names keeps the settings it has in the recipe.
+
+    Args:
+        vary: the axes after the words.
+        of_recipe: the axes before.
+
+    Raises:
+        GlocalError: on an axis with a name of its own, an option that the recipe does not have.
+    """
+    result = dict(vary)
+    for axis, values in vary.items():
+        known = of_recipe.get(axis)
+        if not isinstance(known, Mapping) or not isinstance(values, list) or any(isinstance(v, list) for v in values):
+            continue
+        besides = {option_name(value): settings for value, settings in known.items()}
+        names = [option_name(value) for value in values]
+        unknown = [name for name in names if name not in besides]
+        if unknown and _own(axis):
+            raise GlocalError(f"experiment.vary.{axis} has no option {unknown[0]!r}: {closest(unknown[0], besides)}")
+        if len(set(names)) == len(names):  # else refused as a list
+            result[axis] = {value: besides.get(name) or {} for value, name in zip(values, names, strict=True)}
+    return result
+
+
 def variants(settings: Mapping[str, Any], options: ExperimentOptions) -> list[Variant]:
     """Every combination of the axes' options.
 
@@ -155,7 +180,7 @@ def _options(axis: str, values: Any) -> dict[str, Option]:
     given = _pairs(where, values)
     if not given:
         raise GlocalError(f"{where} names no option: give a list of values.")
-    own = "." not in axis and axis not in OF_RECIPE
+    own = _own(axis)
     _refuse_axis(axis, own, any(besides for _, besides in given))
     found: dict[str, Option] = {}
     for value, besides in given:
@@ -167,6 +192,11 @@ def _options(axis: str, values: Any) -> dict[str, Option]:
         if found[one] == found[other]:
             raise GlocalError(f"The options {one} and {other} of {where} have the same settings: leave one out.")
     return found
+
+
+def _own(axis: str) -> bool:
+    """Whether it is no key of the recipe but a name of its own, whose options say all their settings."""
+    return "." not in axis and axis not in OF_RECIPE
 
 
 def _pairs(where: str, values: Any) -> list[tuple[Any, Mapping[str, Any]]]:
