@@ -237,7 +237,8 @@ def test_a_list_chooses_among_options_with_their_settings() -> None:
     assert after(labels=[4, "all"])["labels"] == {4: {}, "all": long}  # what the recipe does not have is new
     assert after(way=["b"])["way"] == {"b": {"seed": 4}}
     assert after(labels={"all": {}})["labels"] == {"all": {}}
-    for untouched in ({"seed": [2]}, {"labels": ["all", "all"]}, {"labels": [["case0", "case1"]]}, {"cases": ["x"]}):
+    named: list[Any] = [["case0", "case1"], {"a": 1}]
+    for untouched in ({"seed": [2]}, {"labels": ["all", "all"]}, {"labels": named}, {"cases": ["x"]}):
         assert after(**untouched) == of_recipe | untouched
     with pytest.raises(GlocalError, match=r"experiment\.vary\.way has no option 'c': choose one of a, b"):
         after(way=["b", "c"])

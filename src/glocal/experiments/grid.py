@@ -113,8 +113,10 @@ def chosen_options(vary: Mapping[str, Any], of_recipe: Mapping[str, Any]) -> dic
     result = dict(vary)
     for axis, values in vary.items():
         known = of_recipe.get(axis)
-        if not isinstance(known, Mapping) or not isinstance(values, list) or any(isinstance(v, list) for v in values):
+        if not isinstance(known, Mapping) or not isinstance(values, list):
             continue
+        if any(isinstance(value, (list, Mapping)) for value in values):
+            continue  # such as named cases, which are no option's name
         besides = {option_name(value): settings for value, settings in known.items()}
         names = [option_name(value) for value in values]
         unknown = [name for name in names if name not in besides]
