@@ -39,6 +39,7 @@ def effective_rank(features: Tensor) -> Tensor:
         Scalar, without waiting for the device; 0 if all are equal.
     """
     vectors = features.detach().float()
-    gram = (vectors - vectors.mean(0)) @ (vectors - vectors.mean(0)).T  # it has the same eigenvalues, and zeros
+    centred = vectors - vectors.mean(0)
+    gram = centred @ centred.T  # N times the eigenvalues of the covariance, and zeros
     rank: Tensor = gram.trace().square() / gram.square().sum().clamp_min(torch.finfo(gram.dtype).tiny)
     return rank
