@@ -29,7 +29,7 @@ from glocal.experiments.design import Experiment, read_experiment
 from glocal.experiments.estimate import estimate
 from glocal.experiments.executors import Here
 from glocal.experiments.experiment import duration, experiment
-from glocal.experiments.findings import findings, pictures_of
+from glocal.experiments.findings import boxes_of, figures_of, findings, pictures_of
 from glocal.experiments.jobs import Job
 from glocal.experiments.layout import TableOptions
 from glocal.experiments.page import write_results
@@ -191,6 +191,32 @@ def test_pictures_are_named_by_their_place(out: Path, recipe: str, raw: Path, mo
     of_first = results[(results["labels"] == "1") & (results["draw"] == 0)]
     dice = of_first.groupby("contender")["dice"].mean().to_dict()
     assert drawn[0].dice == pytest.approx(dice)
+
+
+def test_the_baseline_is_drawn_first_wherever_it_stands_in_the_recipe(
+    out: Path, recipe: str, raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[str]] = []
+
+    def draw(frame: pd.DataFrame, *_: str) -> bytes:
+        drawn.append(list(frame["method"].unique()))
+        return b""
+
+    for figure in ("means_by_budget", "forest", "class_boxes_by_method"):
+        monkeypatch.setattr(comparisons, figure, draw)
+    words = [
+        f"data={raw}",
+        f"out={out}",
+        "experiment.vary.contender=[pcl, random]",
+        "experiment.baseline.contender=random",
+    ]
+    design, trainings, _ = planned(recipe, words)
+    results = collect(trainings)
+    found, _ = findings(design, results)
+    pictures = [*(picture for finding in found for picture in figures_of(design, finding)), *boxes_of(design, results)]
+    assert list(found[0].summary["method"].unique()) == ["pcl", "random"]  # a table keeps the recipe's order
+    assert drawn == [["random", "pcl"]] * len(pictures)
+    assert len(pictures) >= 3
 
 
 def test_a_table_of_differences_needs_some(out: Path, recipe: str, raw: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -16,7 +17,7 @@ from glocal.data.split import ProtocolOptions, Split
 from glocal.experiments.probed import all_probed, probed, verdict
 from glocal.experiments.report import _budget, _lead, report
 from glocal.experiments.run import run
-from glocal.experiments.sections import curve
+from glocal.experiments.sections import curve, fullest_slice
 from glocal.files import read_json, write_json
 from glocal.finetuning.finetune import finetune
 from glocal.finetuning.measure import evaluation_of
@@ -161,6 +162,17 @@ def test_the_probes_of_a_run_are_one_table_of_means_over_splits(tmp_path: Path) 
         ("gcl", "0.10 / 0.20", "1 of 1"),
         ("pcl", "0.10 / 0.20", "1 of 2"),
     ]
+
+
+def test_a_case_is_shown_where_most_of_its_structures_are() -> None:
+    mask = np.zeros((4, 10, 10), dtype=np.uint8)
+    mask[0] = 1  # by far the largest area, of one structure
+    mask[1, :8] = 1
+    mask[1, 9, :2] = 2
+    mask[2, :2] = 1
+    mask[2, 9, :3] = 2
+    assert fullest_slice(mask) == 1  # 0.8 of the one and 2 / 3 of the other
+    assert fullest_slice(mask[3:]) == 0  # nothing anywhere
 
 
 def test_the_loss_of_labelled_slices_is_drawn_beside_that_of_all(tmp_path: Path) -> None:

@@ -81,9 +81,7 @@ def findings(design: Experiment, results: pd.DataFrame) -> tuple[list[Finding], 
             continue
         text = caption(design, summary)
         layout = lay_out(summary, options, design.options.names, text, axes, design.baseline_name)
-        is_baseline = [design.baseline.items() <= place.items() for place in summary[list(axes)].to_dict("records")]
-        summary = _named(design, summary).assign(baseline=is_baseline)
-        found.append(Finding(name, options, _named(design, values), summary, layout))
+        found.append(Finding(name, options, _named(design, values), _named(design, summary), layout))
     return found, missing
 
 
@@ -92,10 +90,12 @@ def _what(options: TableOptions) -> tuple[str, str, str]:
 
 
 def _named(design: Experiment, frame: pd.DataFrame) -> pd.DataFrame:
-    """With columns `method` and `group` (within which methods are ranked), in the place of axes of these names."""
+    """With columns `method`, `group` (within which methods are ranked) and `baseline`, in the place of such axes."""
     names = {tuple(v.axes.values()): (design.method_name(v.axes), design.group_name(v)) for v in design.variants}
-    found = [names[place] for place in frame[list(design.axes)].itertuples(index=False, name=None)]
-    return frame.assign(method=[method for method, _ in found], group=[group for _, group in found])
+    places = frame[list(design.axes)]
+    found = [names[place] for place in places.itertuples(index=False, name=None)]
+    baseline = [design.baseline.items() <= place.items() for place in places.to_dict("records")]
+    return frame.assign(method=[method for method, _ in found], group=[group for _, group in found], baseline=baseline)
 
 
 def caption(design: Experiment, summary: pd.DataFrame) -> str:
@@ -144,12 +144,13 @@ def _counts(summary: pd.DataFrame) -> str:
 
 def figures_of(design: Experiment, finding: Finding) -> Iterator[Picture]:
     """Curves over budgets, and paired differences; what has too little to show is left out."""
+    summary = finding.summary.sort_values("baseline", ascending=False, kind="stable")  # the first is drawn in grey
     if finding.values["labels"].nunique() > 1:
-        curves = comparisons.means_by_budget(finding.summary, finding.label)
+        curves = comparisons.means_by_budget(summary, finding.label)
         yield Picture(f"{finding.label} by budget, with intervals over subjects and draws", curves, "svg", wide=True)
-    if finding.summary["difference"].notna().any():
+    if summary["difference"].notna().any():
         side = "right is better" if finding.higher_is_better else "left is better"
-        forest = comparisons.forest(finding.summary, f"{finding.label}, difference to the baseline\n({side})")
+        forest = comparisons.forest(summary, f"{finding.label}, difference to the baseline\n({side})")
         yield Picture(
             f"Paired differences to {design.baseline_name}, with intervals over subjects and draws",
             forest,
@@ -189,6 +190,7 @@ def boxes_of(design: Experiment, results: pd.DataFrame) -> Iterator[Picture]:
     chosen = results[results["checkpoint"] == "last"]
     keys = [*design.axes, "class", "subject"]
     values = _named(design, chosen.groupby(keys, sort=False)["dice"].mean().rename("value").reset_index())
+    values = values.sort_values("baseline", ascending=False, kind="stable")
     for group, of_group in values.groupby("group", sort=False):
         boxes = comparisons.class_boxes_by_method(of_group, "Dice")
         yield Picture(

@@ -155,17 +155,26 @@ class ShownSlice:
 
 
 def shown_slice(store: Store, dataset: Dataset, folders: Sequence[Path], name: str) -> ShownSlice:
-    """The slice of a case with most of the structures, with the masks of it in some folders."""
+    """The slice of a case that shows most of its structures, with the masks of it in some folders."""
     case = next(case for case in dataset.cases if case.name == name)
     undo = store.volumes[store.index_of(name)].undo
     image = undo.oriented(read_image(case.images[:1]).array)[:, 0]
     files = [folder / f"{name}{dataset.file_ending}" for folder in folders]
     masks = [undo.oriented(read_labels(file).array)[:, 0] for file in files]
     truth = undo.oriented(read_labels(case.label).array)[:, 0] if case.label else None
-    place = int(np.argmax(((masks[0] if truth is None else truth) != 0).sum((1, 2))))
+    place = fullest_slice(masks[0] if truth is None else truth)
     title = f"{name}, slice {place + 1} of {len(image)}"
     expert = None if truth is None else truth[place]
     return ShownSlice(title, image[place], expert, tuple(mask[place] for mask in masks), _aspect(store, undo, name))
+
+
+def fullest_slice(mask: NDArray[Any]) -> int:
+    """The slice of `(n, rows, columns)` that shows most of its structures, small ones counting as much as large."""
+    shown = np.zeros(len(mask))
+    for value in np.unique(mask[mask != 0]):
+        area = (mask == value).sum((1, 2))
+        shown += area / area.max()  # the share of its own largest section
+    return int(np.argmax(shown))
 
 
 def _overlay(store: Store, dataset: Dataset, masks: Path, name: str) -> bytes:
