@@ -393,6 +393,11 @@ def test_masks_that_exist_are_kept_unless_asked(
     seen = []
     work = inference._predict_case
     monkeypatch.setattr(inference, "_predict_case", lambda *words: seen.append(words[2].name) or work(*words))
+    (tmp_path / "out" / "b.nii.gz").write_bytes(b"drawn by hand")
+    with pytest.raises(GlocalError, match=r"b\.nii\.gz was not written by this prediction: choose another folder"):
+        predict(finetuned, tmp_path / "in", tmp_path / "out", device="cpu")
+    assert (tmp_path / "out" / "b.nii.gz").read_bytes() == b"drawn by hand"
+    (tmp_path / "out" / "b.nii.gz").unlink()
     predict(finetuned, tmp_path / "in", tmp_path / "out", device="cpu")
     assert seen == ["b"]
     assert (tmp_path / "out" / "a.nii.gz").read_bytes() == b"mine"

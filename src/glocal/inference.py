@@ -131,8 +131,9 @@ def predict(
     plan, maps = models.headers[0].plan, Maps(probabilities, uncertainty, models.temperature)
     inputs = list_inputs(images, plan.channels)
     record = _record(out, models, vary.options, inputs, overwrite)
+    writing = record.pop("writing", None)
     if not overwrite:
-        _refuse_changes(out, record["cases"], inputs, maps)
+        _refuse_changes(out, record["cases"], inputs, maps, writing)
     record |= {
         "summary": vary.sentence(uncertainty),
         "calibration": models.sentence(vary.several or "decoders" in vary.options),
@@ -143,8 +144,10 @@ def predict(
     for case in track(inputs, "Predicting", len(inputs)):
         there = [name for name in record["cases"].get(case.name, {}).get("files", []) if (out / name).exists()]
         if overwrite or not set(maps.files(case)) <= set(there):
+            # Said before it is written: what a stopped prediction leaves is told from a mask of somebody else.
+            write_json(out / "predictions.json", record | {"writing": case.target})
             record["cases"][case.name] = _predict_case(network, plan, case, out / case.target, maps, where)
-        write_json(out / "predictions.json", record)
+    write_json(out / "predictions.json", record)
     _write_overview(out, record, plan, uncertainty)
     return [out / case.target for case in inputs]
 
@@ -161,7 +164,7 @@ def _record(out: Path, models: Models, options: dict[str, Any], inputs: list[Inp
     }
     same = [model["digest"] for model in begun.get("models", [])] == [model["digest"] for model in made_by["models"]]
     if same and begun["options"] == options:
-        return {**made_by, "cases": begun["cases"]}
+        return {**made_by, "cases": begun["cases"], "writing": begun.get("writing")}
     asked = {case.name for case in inputs}
     left = [name for name, case in begun.get("cases", {}).items() if name not in asked and _any_of(out, case["files"])]
     if left:  # beside masks of this model, and with no record of how they were made
@@ -183,12 +186,23 @@ def _any_of(folder: Path, names: Sequence[str]) -> bool:
     return any((folder / name).exists() for name in names)
 
 
-def _refuse_changes(out: Path, cases: Mapping[str, Any], inputs: Sequence[Input], maps: Maps) -> None:
-    """Refuse before anything is predicted what would be kept for, or written beside, what it does not belong to."""
+def _refuse_changes(
+    out: Path, cases: Mapping[str, Any], inputs: Sequence[Input], maps: Maps, writing: str | None
+) -> None:
+    """Refuse before anything is predicted what would replace, be kept for, or lie beside what it does not belong to.
+
+    `writing` is the mask that a stopped prediction was about to write: it is ours.
+    """
     for case in inputs:
         mask, known = out / case.target, cases.get(case.name)
-        if known is None or not mask.exists():
+        if not mask.exists():
             continue
+        if known is None:
+            if case.target == writing:
+                continue
+            raise GlocalError(
+                f"{mask} was not written by this prediction: choose another folder, or replace it with --overwrite."
+            )
         if known.get("digest") != case.digest():
             raise GlocalError(
                 f"{mask} was predicted from another image ({known['image']}) than {case.files[0]} is now: choose "
