@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from glocal.cli.evaluate import evaluate as command
 from glocal.data.image import Geometry, write_volume
 from glocal.errors import GlocalError
-from glocal.evaluation.evaluate import FOREGROUND, NO_PREDICTION, evaluate, note_counts, summary
+from glocal.evaluation.evaluate import FOREGROUND, NO_PREDICTION, evaluate, note_counts, pooled_dice, summary
+from glocal.evaluation.metrics import dice
 from glocal.files import write_json
 
 GEOMETRY = Geometry(size=(8, 7, 4), spacing=(1.5, 1.5, 5.0), origin=(-20.0, 31.7, 12.5))
@@ -180,6 +181,17 @@ def test_summary_by_hand() -> None:
     assert foreground["mean"] == pytest.approx(0.4)
     assert foreground["sd"] == pytest.approx(np.std([0.5, 0.3], ddof=1))
     assert foreground["cases"] == 2
+
+
+def test_pooled_dice_is_that_of_all_cases_laid_beside_each_other(dataset: Path, predictions: Path) -> None:
+    pooled = pooled_dice(evaluate(predictions, dataset))
+    truth = np.concatenate([mask(seed) for seed in range(3)])
+    predicted = np.concatenate([mask(9), mask(1), np.zeros_like(mask(0))])  # c has no prediction
+    expected = [dice(predicted == value, truth == value) for value in (1, 2)]
+    assert pooled.to_list() == pytest.approx([*expected, np.mean(expected)])
+    assert pooled.index.to_list() == ["cavity", "wall", FOREGROUND]
+    nowhere = pd.DataFrame([{"class": "a", "dice": 1.0, "truth_voxels": 0, "predicted_voxels": 0}])
+    assert pooled_dice(nowhere).to_list() == [1, 1]
 
 
 def test_notes_are_counted() -> None:
