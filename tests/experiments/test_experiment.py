@@ -1,6 +1,7 @@
 """A whole experiment on a tiny dataset: everything once, in good order, and honest about what is missing."""
 
 import html
+import math
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote
 
@@ -32,7 +34,7 @@ from glocal.experiments.experiment import duration, experiment
 from glocal.experiments.findings import boxes_of, figures_of, findings, pictures_of
 from glocal.experiments.jobs import Job
 from glocal.experiments.layout import TableOptions
-from glocal.experiments.page import write_results
+from glocal.experiments.page import _key_figures, write_results
 from glocal.experiments.plan import Training, jobs_of, plan, store_folder
 from glocal.experiments.results import collect
 from glocal.files import read_json, write_json, write_text
@@ -217,6 +219,28 @@ def test_the_baseline_is_drawn_first_wherever_it_stands_in_the_recipe(
     assert list(found[0].summary["method"].unique()) == ["pcl", "random"]  # a table keeps the recipe's order
     assert drawn == [["random", "pcl"]] * len(pictures)
     assert len(pictures) >= 3
+
+
+def test_the_best_method_stands_beside_what_it_is_compared_with(raw: Path, tmp_path: Path) -> None:
+    """A baseline that leaves an axis open has a row for each of its options."""
+    vary = {"contender": ["random", "pcl"], "strategy": ["supervised", "mixup"], "labels": [1]}
+    recipe = written(tmp_path / "open.yaml", experiment={"vary": vary, "baseline": {"contender": "random"}})
+    design = read_experiment(recipe, [f"data={raw}", f"out={tmp_path / 'out'}"])
+    rows = [
+        ("random + supervised", 0.6, True, math.nan),
+        ("random + mixup", 0.8, True, math.nan),
+        ("pcl + supervised", 0.7, False, 0.1),
+        ("pcl + mixup", 0.85, False, 0.05),
+    ]
+    summary = pd.DataFrame(rows, columns=["method", "mean", "baseline", "difference"]).assign(group="1 labelled")
+    finding: Any = SimpleNamespace(summary=summary, label="Dice", higher_is_better=True)
+    assert _key_figures(design, finding) == [
+        ("Dice, random + mixup, 1 labelled", "0.800"),
+        ("Dice, pcl + mixup, 1 labelled", "0.850"),
+        ("pcl + mixup against random + mixup, 1 labelled", "+0.050"),
+    ]
+    finding.summary = summary.iloc[:2]  # nothing to compare
+    assert _key_figures(design, finding) == [("Dice, random + mixup, 1 labelled", "0.800")]
 
 
 def test_a_table_of_differences_needs_some(out: Path, recipe: str, raw: Path) -> None:

@@ -69,7 +69,7 @@ def test_a_whole_table_in_markdown() -> None:
         "Said so.\n\n"
         "Dice, mean over classes, last checkpoint: mean ± standard deviation over trainings. Bold: best of its column, "
         "underlined: second best. \\* better, † worse than the baseline: Holm-corrected p < 0.05, 0 outside the "
-        "interval of the difference, and more than one draw. Not complete, "
+        "interval of the difference, and more than one draw (or at least 6 splits). Not complete, "
         "because a training failed, is not finished or cannot be measured: PCL at 8 labels.\n"
     )
 

@@ -277,7 +277,8 @@ def _legend(options: TableOptions, cells: Sequence[Cell], baseline: str) -> str:
         lowest = ", lower is better" if options.metric in DISTANCES else ""
         parts.append(f"Bold: best of its column, underlined: second best{lowest}")
     if any(cell.significant for cell in cells):
-        both = f"Holm-corrected p < {ALPHA}, 0 outside the interval of the difference, and more than one draw"
+        several = f"more than one draw (or at least {FEWEST_UNITS} splits)"
+        both = f"Holm-corrected p < {ALPHA}, 0 outside the interval of the difference, and {several}"
         parts.append(f"* better, † worse than the baseline: {both}")
     if options.paper:
         parts.append(f"Paper: as reported by {options.paper_source.rstrip('.')}")

@@ -134,17 +134,17 @@ def _files(found: Sequence[Finding]) -> Table:
 
 
 def _key_figures(design: Experiment, finding: Finding) -> list[tuple[str, str]]:
-    """For the first groups: the baseline, the best method, and by how much it is better."""
+    """For the first groups: the best method, what it is compared with, and by how much it is better."""
     figures: list[tuple[str, str]] = []
+    named = {(design.method_name(v.axes), design.group_name(v)): v.axes for v in design.variants}
+    means = finding.summary.set_index(["method", "group"])["mean"].to_dict()
     for group, rows in list(finding.summary.groupby("group", sort=False))[:2]:
-        order = rows.sort_values("mean", ascending=not finding.higher_is_better)
-        shown = pd.concat([rows[rows["baseline"]].head(1), order.head(1)]).drop_duplicates()
-        figures += [
-            (f"{finding.label}, {row['method']}, {group}", f"{row['mean']:.3f}") for row in shown.to_dict("records")
-        ]
-        best = order.iloc[0]
-        if pd.notna(best["difference"]):
-            figures.append((f"{best['method']} against the baseline, {group}", f"{best['difference']:+.3f}"))
+        best = rows.sort_values("mean", ascending=not finding.higher_is_better).iloc[0]
+        place = (str(best["method"]), str(group))
+        beside = {**named[place], **design.baseline}  # the same in all that the baseline leaves open
+        partners = [other for other, axes in named.items() if axes == beside and pd.notna(best["difference"])]
+        figures += [(f"{finding.label}, {', '.join(which)}", f"{means[which]:.3f}") for which in (*partners, place)]
+        figures += [(f"{place[0]} against {other}, {group}", f"{best['difference']:+.3f}") for other, _ in partners]
     return figures
 
 
