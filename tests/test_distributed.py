@@ -46,7 +46,7 @@ def test_distributed_shares_cover_the_batch_in_order(process: Any, batch: int, s
 
 def test_distributed_more_processes_than_slices_are_refused(process: Any) -> None:
     process(0, 3)
-    with pytest.raises(GlocalError, match="3 processes cannot share a batch of 2 slices: start fewer"):
+    with pytest.raises(GlocalError, match="3 processes cannot share a step of 2 slices: start fewer"):
         share(2)
 
 

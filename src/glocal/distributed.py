@@ -71,7 +71,7 @@ def share(batch: int) -> slice:
     """
     if batch < world_size():
         raise GlocalError(
-            f"{world_size()} processes cannot share a batch of {batch} slices: start fewer, or raise the batch."
+            f"{world_size()} processes cannot share a step of {batch} slices: start fewer, or let a step take more."
         )
     edges = [batch * process // world_size() for process in (rank(), rank() + 1)]
     return slice(*edges)

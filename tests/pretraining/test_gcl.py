@@ -313,6 +313,12 @@ def test_what_cannot_be_learnt_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_one_slice_is_told_apart_from_nothing(odd: Store, tmp_path: Path, cheap: dict[str, Any]) -> None:
+    settings = {**cheap, **WIDTHS, "method": "gcl", "strategy": "random", "local": "none", "max_iterations": 1}
+    with pytest.raises(GlocalError, match="only one here: add volumes"):
+        pretrain(odd, tmp_path / "run", settings, split=Split(0, ("odd1",), (), ()))
+
+
 def test_the_second_stage_computes_as_the_first_has_begun(
     store: Store,
     tmp_path: Path,

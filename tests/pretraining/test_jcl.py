@@ -26,6 +26,7 @@ from glocal.runs import manifest_of
 from pair import DoublePool
 
 WIDTHS = {"outputs": 16, "batch": 8}
+DEEP = {"stages": 2, "downsampled": False, "network": {"name": "nnunet-plain", "widths": [4, 8, 8, 8]}}
 OPTIONS: dict[str, dict[str, Any]] = {
     # Wider than the other networks here: a map of four channels without a projector has vectors of next to no length,
     # whose directions, and so their gradients, hang on rounding.
@@ -548,6 +549,7 @@ def test_a_preset_sets_what_is_not_given() -> None:
         ({"blocks": 0, "connection": "ema"}, ALL, "connection=ema needs the two branches in one stage"),
         ({"stages": 2, "connection": "independent"}, ALL, "connection=independent needs the two branches"),
         ({"lambda1": 0}, ALL, "pretrain.lambda1=0 does not fit: it must be above 0"),
+        (DEEP, ALL, "Images of 8 x 8 pixels leave instance normalisation a single value"),  # in its second stage
         ({}, ("odd1",), "every volume here is a single slice: use gcl, strategy=random"),
         ({"blocks": 0}, ("odd1",), "every volume here is a single slice"),
     ],
@@ -565,6 +567,18 @@ def test_what_cannot_be_learnt_is_refused_before_anything_is_written(
     with pytest.raises(GlocalError, match=sentence):
         pretrain(store if cases == ALL else odd, tmp_path / "run", settings, split=Split(0, cases, (), ()))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("options", "kind"), [({"blocks": 0}, Encoder), ({"stages": 2}, Encoder), ({}, Joint)])
+def test_the_weight_of_whole_slices_counts_in_every_stage(
+    options: dict[str, Any], kind: type, store: Store, cheap: dict[str, Any]
+) -> None:
+    losses = []
+    for weight in (1, 3):
+        stage = in_double({**cheap, **WIDTHS, "lambda1": weight, "lambda2": 0, "lambda3": 0, **options}, store)[0]
+        assert isinstance(stage, kind)
+        losses.append(stage.losses(0)["loss"])
+    torch.testing.assert_close(losses[1], 3 * losses[0])
 
 
 @pytest.mark.parametrize("stages", [1, 2])

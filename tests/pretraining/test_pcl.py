@@ -9,12 +9,14 @@ from method_checks import ALL, MethodChecks
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from glocal.contrast.pairs import on_lattice
 from glocal.data.sampling import Slices
 from glocal.data.split import Split
 from glocal.data.store import Store
 from glocal.errors import GlocalError
 from glocal.pretraining import pcl
 from glocal.pretraining.base import COLLAPSED, Stage
+from glocal.pretraining.pcl import borderline
 from glocal.pretraining.pretrain import pretrain
 from glocal.runs import manifest_of
 
@@ -95,6 +97,17 @@ def test_a_threshold_that_hangs_on_rounding_is_named(store: Store, tmp_path: Pat
     assert "threshold=0.2" in warning
     assert "5 slices" in warning
     assert run(store, tmp_path / "partition", cheap, threshold=0.2, labels="partition") == []
+
+
+@pytest.mark.parametrize(
+    ("threshold", "counts", "better"),
+    [(0.1, [10], ("0.09", "0.11")), (0.1, [10, 100], ("0.0897", "0.1097")), (0.95, [20, 1000], ("0.8547", "0.9997"))],
+)
+def test_what_is_recommended_hangs_on_no_rounding(threshold: float, counts: list[int], better: tuple[str, str]) -> None:
+    numbers = torch.tensor(counts)
+    pool: Any = SimpleNamespace(store=SimpleNamespace(count_of=numbers), slices=torch.arange(len(counts)))
+    assert str(borderline(threshold, pool)).endswith(f"; take {better[0]} or {better[1]}.")
+    assert not any(on_lattice(float(t), numbers).any() for t in better)
 
 
 class Constant(nn.Module):

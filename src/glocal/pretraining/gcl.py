@@ -153,6 +153,8 @@ def global_head(stage: Stage) -> GlobalHead:
             "the images of this store are z-scored: set augmentation.intensity.clip=null, or preprocess with "
             "intensity=percentile."
         )
+    if o.strategy == "random" and len(stage.pool) < 2:
+        raise GlocalError("strategy=random tells slices apart, and there is only one here: add volumes.")
     across = o.strategy == "D" and min(o.volumes, len(stage.pool.volumes)) > 1
     if len(roles(o)) < 2 and not across:
         raise GlocalError("Each slice would be seen once, so that nothing attracts it: set views=2.")

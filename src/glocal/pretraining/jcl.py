@@ -188,7 +188,7 @@ class Encoder(Stage):
         self.instance = instance_projector(network.encoder_channels[-1], options.outputs)
 
     def losses(self, step: int) -> dict[str, Tensor]:
-        """L_g of two views of each slice."""
+        """L = λ1 L_g, of two views of each slice."""
         o: Options = self.options
         slices = self.pool.epoch(o.batch, o.seed, step)
         images = self.pool.images(slices[share(len(slices))])
@@ -200,7 +200,7 @@ class Encoder(Stage):
             instances = self.instance(self.network.encode(torch.cat([first, second]))[-1])
         embeddings = whole(instances, len(slices))
         self.watch(embeddings)
-        return {"loss": supcon(embeddings, masks_of(slices, o), o)}
+        return {"loss": o.lambda1 * supcon(embeddings, masks_of(slices, o), o)}
 
     def warning(self) -> str | None:
         """Collapse, or a threshold whose neighbours hang on rounding."""

@@ -109,12 +109,16 @@ class Encoder(Stage):
 def borderline(threshold: float, pool: Pool) -> str | None:
     """A warning where rounding decides which slices of the pool's volumes are nearer than the threshold."""
     counts = torch.unique(pool.store.count_of[pool.slices])
-    found = counts[on_lattice(threshold, counts)]
-    if not len(found):
+    hit = counts[on_lattice(threshold, counts)]
+    if not len(hit):
         return None
+    near = (0.9 * threshold, min(1.1 * threshold, 0.9999))
+    # The last of each is a multiple of 1/10000 alone.
+    choices = ((round(value, 2), round(value, 3), round(value, 3) - 0.0003) for value in near)
+    less, more = (next(t for t in found if 0 < t < 1 and not on_lattice(t, counts).any()) for found in choices)
     return (
-        f"threshold={threshold} is a multiple of 1/n for volumes of {int(found[0])} slices: whether neighbours attract "
-        f"hangs on rounding; take {threshold * 0.9:.3g} or {threshold * 1.1:.3g}."
+        f"threshold={threshold} is a multiple of 1/n for volumes of {int(hit[0])} slices: whether neighbours attract "
+        f"hangs on rounding; take {less:g} or {more:g}."
     )
 
 

@@ -231,7 +231,7 @@ class PixelGlobal(Stage):
     def uncertainty(self, told: list[Tensor], size: tuple[int, int], dropout: Dropout) -> Tensor:
         """U (b, H, W) in [0, 1] of images of `size`, from what the teacher's encoder made of them.
 
-        The encoder has no dropout: the passes go through the decoder only.
+        The passes go through the decoder only: what a network's own encoder may drop is dropped once.
         """
         o: Options = self.options
 

@@ -80,9 +80,12 @@ def pretrain(
     pool, labelled = Pool(store.to(joined(options.device)), cases), [Pool(store, draw.train)] if draw else []
     if not runs.finished(run):
         # What the last stage cannot do is said now, not after the first has run for hours.
-        for _, make in method.stages(options):
+        for number, (_, make) in enumerate(method.stages(options)):
             network = build(options.network, store.plan.channels, len(store.labels))  # type: ignore[attr-defined]
-            make(network, pool, options, *labelled)
+            stage = make(network, pool, options, *labelled)
+            if number:  # what the first cannot do, its own first step says soon enough
+                with torch.no_grad():
+                    stage.to(joined(options.device))(0)
 
     facts = facts_of_run(store, options, protocol)
     header = Header(
