@@ -110,6 +110,8 @@ def test_errors_are_explained_by_the_file_they_name() -> None:
     assert "a file" in str(explained(OSError(errno.ENOSPC, "full")))
     assert explained(FileNotFoundError(errno.ENOENT, "missing", "/data/scan")) is None
     assert explained(ValueError("28")) is None
+    assert "shorten it" in str(explained(OSError(errno.ENAMETOOLONG, "long", "/data/scan")))
+    assert "Cannot write /cdrom" in str(explained(OSError(errno.EROFS, "read-only", "/cdrom")))
 
 
 def test_json_comes_back_and_is_readable(tmp_path: Path) -> None:
@@ -119,9 +121,15 @@ def test_json_comes_back_and_is_readable(tmp_path: Path) -> None:
     assert "Größe" in (tmp_path / "a.json").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_json_is_read_as_windows_saves_it(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.json").write_text('{"Größe": 1}', encoding=encoding)
+    assert read_json(tmp_path / "a.json") == {"Größe": 1}
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [(b'{\n "a": 1,\n oops\n}', "line 3"), (b"\xff\xfe\x00", "cannot be read"), (None, "does not exist")],
+    [(b'{\n "a": 1,\n oops\n}', "line 3"), (b"\xff\xfe\x00", "save it as plain text"), (None, "does not exist")],
 )
 def test_json_that_cannot_be_read_is_one_sentence(tmp_path: Path, content: bytes | None, sentence: str) -> None:
     path = tmp_path / "a.json"

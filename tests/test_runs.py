@@ -69,8 +69,12 @@ def test_other_settings_are_refused_by_the_key_that_differs(
 
 def test_a_setting_that_is_gone_and_another_kind_of_run_are_refused(tmp_path: Path) -> None:
     runs.begin(tmp_path, "finetune", SETTINGS)
-    with pytest.raises(GlocalError, match="kind=finetune, now it is pretrain"):
+    with pytest.raises(GlocalError, match="holds a run of `glocal finetune`: choose another run folder"):
         runs.begin(tmp_path, "pretrain", SETTINGS)
+    method = {"method": "pcl", "augmentation": {"noise": 0}}
+    runs.begin(tmp_path / "pcl", "pretrain", method)
+    with pytest.raises(GlocalError, match="was begun with method=pcl, now it is gcl"):  # the rest follows from it
+        runs.begin(tmp_path / "pcl", "pretrain", {"method": "gcl", "augmentation": {"noise": 1}})
     with pytest.raises(GlocalError, match="seed=0, now it is None"):
         runs.begin(tmp_path, "finetune", {key: value for key, value in SETTINGS.items() if key != "seed"})
 

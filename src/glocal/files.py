@@ -61,8 +61,10 @@ def explained(error: Exception, path: Path | None = None) -> str | None:
         return f"No space left on disk while writing {where}: free some space and start the same command again."
     if code in _IN_THE_WAY:
         return f"Cannot write {where}: a file is where a folder should be, or the reverse; choose another place."
+    if code == errno.ENAMETOOLONG:
+        return f"{where} has too long a name for this disk: shorten it."
     if code in _FORBIDDEN:
-        if path is None:
+        if path is None and code != errno.EROFS:
             return f"Cannot open {where}: ask for the permission to read it, or choose another place."
         return f"Cannot write {where}: choose a place you have the permission for."
     return None
@@ -92,12 +94,14 @@ def read_json(path: Path) -> Any:
         GlocalError: the file is missing, unreadable or not JSON; the sentence names the line.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())  # with or without a byte order mark, UTF-16, too: as Windows saves it
     except FileNotFoundError as error:
         raise GlocalError(f"{path} does not exist.") from error
     except json.JSONDecodeError as error:
         raise GlocalError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}): correct that line.") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise GlocalError(f"{path} cannot be read: save it as plain text (UTF-8).") from error
+    except OSError as error:
         raise GlocalError(f"{path} cannot be read: {error}.") from error
 
 

@@ -70,7 +70,10 @@ def _completed(begun: dict[str, Any], options: type[BaseModel] | None) -> dict[s
 
 def _refuse_difference(folder: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:
     old, new = flatten(begun), flatten(now)
-    for key in sorted(old.keys() | new.keys()):
+    if old["kind"] != new["kind"]:
+        raise GlocalError(f"{folder} holds a run of `glocal {old['kind']}`: choose another run folder.")
+    # The method first: where it differs, most other keys do.
+    for key in sorted(old.keys() | new.keys(), key=lambda key: (key not in ("method", "strategy"), key)):
         if key.rsplit(".", 1)[-1] not in _FREE_KEYS and old.get(key) != new.get(key):
             raise GlocalError(
                 f"{folder} was begun with {key}={old.get(key)}, now it is {new.get(key)}: "

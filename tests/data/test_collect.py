@@ -250,6 +250,14 @@ def test_dicom_files_without_an_image_are_left_out_and_it_is_said(tmp_path: Path
         collect(images, tmp_path / "out2")
 
 
+def test_a_link_to_nothing_is_not_overlooked(tmp_path: Path, images: Path) -> None:
+    volume(images / "a.mha")
+    (images / "b.mha").symlink_to("annex/b.mha")
+    with pytest.raises(GlocalError, match=r"b\.mha is a link to a file that is not here: fetch it"):
+        collect(images, tmp_path / "out")
+    assert traces(tmp_path) == ["in"]
+
+
 def test_folders_it_refuses(tmp_path: Path, images: Path) -> None:
     with pytest.raises(GlocalError, match="holds no NIfTI"):
         collect(images, tmp_path / "out")

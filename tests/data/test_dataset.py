@@ -108,6 +108,18 @@ def test_a_wrong_file_beside_it_is_named(root: Path, name: str, content: str, wo
     assert name in str(error.value)
 
 
+def test_text_of_another_encoding_is_named(root: Path) -> None:
+    (root / "subjects.tsv").write_bytes("case\tsubject\na\tMüller\n".encode("latin-1"))
+    with pytest.raises(GlocalError, match=r"subjects\.tsv cannot be read: save it as plain text"):
+        read_dataset(root)
+
+
+def test_a_link_to_nothing_is_not_overlooked(root: Path) -> None:
+    (root / "imagesTr" / "d_0000.nii.gz").symlink_to("../.git/annex/d.nii.gz")
+    with pytest.raises(GlocalError, match=r"d_0000\.nii\.gz is a link to a file that is not here: fetch it"):
+        read_dataset(root)
+
+
 def test_files_that_are_missing_or_misnamed(root: Path) -> None:
     (root / "imagesTr/d.nii.gz").touch()
     with pytest.raises(GlocalError, match=r"name it d_0000\.nii\.gz"):

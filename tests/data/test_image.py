@@ -236,6 +236,13 @@ def test_volumes_of_other_dimensions_are_refused(tmp_path: Path) -> None:
             read_image([tmp_path / name])
 
 
+def test_complex_numbers_are_refused(tmp_path: Path) -> None:
+    """Their imaginary part would be lost in silence."""
+    sitk.WriteImage(sitk.GetImageFromArray(ARRAY * (1 + 1j)), str(tmp_path / "complex.nii.gz"))
+    with pytest.raises(GlocalError, match="complex numbers: give their magnitude"):
+        read_image([tmp_path / "complex.nii.gz"])
+
+
 def test_channels_must_have_one_size(tmp_path: Path) -> None:
     write_volume(tmp_path / "a.mha", ARRAY, GEOMETRY)
     write_volume(tmp_path / "b.mha", ARRAY[1:], GEOMETRY)

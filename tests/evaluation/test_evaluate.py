@@ -210,6 +210,9 @@ def test_command(dataset: Path, predictions: Path) -> None:
     for text in ("cavity [left]", "wall", FOREGROUND, "HD95", NO_PREDICTION, str(predictions / "evaluation.csv")):
         assert text in result.output
     assert len(pd.read_csv(predictions / "evaluation.csv")) == 6
+    result = CliRunner().invoke(app, [str(predictions), str(dataset)], env={"COLUMNS": "80"})
+    assert "wall" in result.output
+    assert "foreground" in result.output
     result = CliRunner().invoke(app, [str(predictions), str(dataset), "--spacing-unknown"], env={"COLUMNS": "200"})
     assert result.exit_code == 0
     assert " mm" not in result.output.replace(str(predictions), "")

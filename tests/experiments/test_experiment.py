@@ -281,6 +281,22 @@ def test_words_choose_options_of_the_recipe_with_their_settings(raw: Path, tmp_p
     ]
 
 
+def test_the_numbers_of_a_paper_for_what_words_leave_out_are_left_out_too(raw: Path, tmp_path: Path) -> None:
+    table = {"paper_source": "They 2020", "paper": {"random": {1: 0.5, 2: 0.6}, "pcl": {1: 0.7}}}
+    part = {"vary": {"contender": ["random", "pcl"], "labels": [1, 2]}, "tables": {"dice": table}}
+    recipe, data = written(tmp_path / "paper.yaml", experiment=part), [f"data={raw}", f"out={tmp_path / 'out'}"]
+    assert read_experiment(recipe, data).tables["dice"].paper == {"random": {"1": 0.5, "2": 0.6}, "pcl": {"1": 0.7}}
+    for words, left in (
+        ("experiment.vary.labels=[2]", {"random": {"2": 0.6}}),
+        ("experiment.vary.contender=[pcl]", {"pcl": {"1": 0.7}}),
+    ):
+        assert read_experiment(recipe, [*data, words]).tables["dice"].paper == left
+    table["paper"] = {"randon": {2: 0.5}}
+    written(tmp_path / "paper.yaml", experiment=part)
+    with pytest.raises(GlocalError, match="for the row 'randon': did you mean 'random'"):
+        read_experiment(recipe, [*data, "experiment.vary.labels=[2]"])
+
+
 def test_started_again_nothing_is_trained(
     out: Path, recipe: str, raw: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ import yaml
 from glocal.data.plan import PreprocessOptions
 from glocal.data.preprocess import preprocess
 from glocal.data.split import ProtocolOptions, Split
+from glocal.errors import GlocalError
 from glocal.experiments.probed import all_probed, probed, verdict
 from glocal.experiments.report import _budget, _lead, report
 from glocal.experiments.run import run
@@ -181,3 +182,14 @@ def test_the_loss_of_labelled_slices_is_drawn_beside_that_of_all(tmp_path: Path)
     assert b"of labelled slices" in curve(tmp_path, "loss").data
     (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[0]))
     assert b"of labelled slices" not in curve(tmp_path, "loss").data
+
+
+def test_a_log_or_evaluation_that_is_gone_or_damaged_is_named(tmp_path: Path) -> None:
+    for damage in (None, "a,b\n"):
+        if damage:
+            (tmp_path / "metrics.jsonl").write_text(damage)
+            (tmp_path / "evaluation-test.csv").write_text(damage)
+        with pytest.raises(GlocalError, match=r"metrics\.jsonl is missing or damaged"):
+            curve(tmp_path, "loss")
+        with pytest.raises(GlocalError, match=r"evaluation-test\.csv is missing or damaged"):
+            evaluation_of(tmp_path, "test")

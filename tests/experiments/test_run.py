@@ -429,6 +429,12 @@ def test_who_asks_for_development_subjects_must_have_some(recipe: str, write_dat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_device_that_is_not_there_is_refused_before_anything_is_done(recipe: str, raw: Path, tmp_path: Path) -> None:
+    with pytest.raises(GlocalError, match="device=gpu is not known: use auto, cpu, cuda"):
+        run(recipe, [f"data={raw}", f"out={tmp_path / 'run'}", "device=gpu"])
+    assert not (tmp_path / "run").exists()
+
+
 def test_single_steps_from_words(recipe: str, raw: Path, tmp_path: Path) -> None:
     store = preprocess_with(raw, tmp_path / "store", recipe, ["size=[16,24]", "intensity=zscore"], 1)
     assert (store.plan.options.size, store.plan.options.intensity) == ((16, 24), "zscore")

@@ -176,6 +176,20 @@ def test_two_labelled_cases_and_nothing_to_test_on(
     assert not (tmp_path / "more").exists()
 
 
+def test_structures_that_no_labelled_volume_has_are_named(
+    store: Store, tmp_path: Path, cheap: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finetune(store, tmp_path / "run", {**cheap, **SHORT})
+    assert not any("No labelled volume holds" in warning for warning in manifest_of(tmp_path / "run")["warnings"])
+    monkeypatch.setattr(Store, "labels_of", lambda store, index: torch.zeros(len(index), 32, 32, dtype=torch.long))
+    finetune(store, tmp_path / "empty", {**cheap, **SHORT})
+    foreground = ", ".join(name for name, value in store.labels.items() if value)
+    assert (
+        f"No labelled volume holds {foreground}, so the network has not learnt it: label one that does."
+        in manifest_of(tmp_path / "empty")["warnings"]
+    )
+
+
 def test_labelled_cases_by_name(store: Store, tmp_path: Path, cheap: dict[str, Any]) -> None:
     model = finetune(store, tmp_path / "run", {**cheap, **SHORT, "labels": ["case2", "case0"]})
     assert read_header(model).provenance["labelled"] == ["case2", "case0"]

@@ -1,6 +1,7 @@
 """`glocal collect`: a dataset from any folder of volumes."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -30,4 +31,4 @@ def collect(
     for note in made.notes:
         console.print(f"[yellow]look[/] {escape(note)}")
     console.print(f"Next: name the labels and channels in {escape(str(dataset / 'dataset.json'))}, then run")
-    console.print(f"  glocal check {escape(str(dataset))}")
+    console.print(f"  glocal check {escape(quote(str(dataset)))}")

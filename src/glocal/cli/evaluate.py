@@ -43,7 +43,7 @@ def class_table(frame: "pd.DataFrame", tolerance: float = 1.0) -> "Table":
     from rich.markup import escape
     from rich.table import Table
 
-    from glocal.evaluation.evaluate import note_counts, pooled_dice, summary
+    from glocal.evaluation.evaluate import FOREGROUND, note_counts, pooled_dice, summary
     from glocal.evaluation.metrics import EMPTY_POLICY
 
     columns = {
@@ -54,19 +54,21 @@ def class_table(frame: "pd.DataFrame", tolerance: float = 1.0) -> "Table":
     }
     statistics = summary(frame).set_index(["class", "metric"])
     shown = [metric for metric in columns if metric in statistics.index.get_level_values("metric")]
-    counts, pooled = note_counts(frame).sum(), pooled_dice(frame)
+    counts, pooled = note_counts(frame).sum(), pooled_dice(frame)[FOREGROUND]
     table = Table(
         title=f"{frame['case'].nunique()} cases: mean ± standard deviation",
-        caption=f"{', '.join(f'{count} {note}' for note, count in counts.items())}. {EMPTY_POLICY}",
+        caption=f"{', '.join(f'{count} {note}' for note, count in counts.items())}. {EMPTY_POLICY} "
+        f"All cases pooled as one: Dice {pooled:.3f}.",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        padding=(0, 1, 0, 0),  # 80 columns are few
     )
-    table.add_column("Class")
-    for heading in ("Lowest\nDice", "Pooled\nDice", *(columns[metric][0] for metric in shown)):
+    table.add_column("Class", min_width=10)  # a name may be broken, but not give way to numbers
+    for heading in ("Lowest\nDice", *(columns[metric][0] for metric in shown)):
         table.add_column(heading, justify="right", no_wrap=True)
     for name in statistics.index.get_level_values("class").unique():
         rows = statistics.loc[name]
-        cells = [f"{rows.at['dice', 'min']:.3f}", f"{pooled[name]:.3f}"]
+        cells = [f"{rows.at['dice', 'min']:.3f}"]
         for metric in shown:
             mean, sd, digits = rows.at[metric, "mean"], rows.at[metric, "sd"], columns[metric][1]
             cells.append(

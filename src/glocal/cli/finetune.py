@@ -1,6 +1,7 @@
 """`glocal finetune`: one fine-tuning."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -49,4 +50,5 @@ def finetune(
             typer.echo("No labelled volume was kept for testing: the model has no Dice of unseen cases.")
         else:
             typer.echo("No labelled volume was kept for development: there is nothing to choose by.")
-    typer.echo(f"Model: {model}. Next: glocal predict {run} IMAGES OUT, or glocal report {run}")
+    folder = quote(str(run))
+    typer.echo(f"Model: {model}. Next: glocal predict {folder} IMAGES OUT, or glocal report {folder}")

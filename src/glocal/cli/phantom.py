@@ -1,6 +1,7 @@
 """`glocal phantom`: a synthetic dataset to try everything on."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -19,4 +20,4 @@ def phantom(
     from glocal.data.phantom import phantom as write
 
     write(dataset, subjects, labelled, seed)
-    typer.echo(f"Wrote {subjects} subjects to {dataset}. Next: glocal check {dataset}")
+    typer.echo(f"Wrote {subjects} subjects to {dataset}. Next: glocal check {quote(str(dataset))}")

@@ -1,6 +1,7 @@
 """`glocal preprocess`: volumes to slices."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -29,4 +30,4 @@ def preprocess(
         typer.secho(f"Warning: {warning}", fg=typer.colors.YELLOW, err=True)
     if len(done.warnings) > SHOWN:
         typer.secho(f"... and {len(done.warnings) - SHOWN} more (see the report of a run)", err=True)
-    typer.echo(f"{len(done.volumes)} volumes in {store}. Next: glocal pretrain {store} RUN --method pcl")
+    typer.echo(f"{len(done.volumes)} volumes in {store}. Next: glocal pretrain {quote(str(store))} RUN --method pcl")

@@ -1,6 +1,7 @@
 """`glocal pretrain`: one pre-training."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -23,4 +24,5 @@ def pretrain(
     from glocal.experiments.steps import pretrain_with
 
     model = pretrain_with(store, run, method, words or [], labels)
-    typer.echo(f"Weights: {model}. Next: glocal finetune {store} RUN --from {run} --labels {labels or 2}")
+    further = f"glocal finetune {quote(str(store))} RUN --from {quote(str(run))} --labels {labels or 2}"
+    typer.echo(f"Weights: {model}. Next: {further}")

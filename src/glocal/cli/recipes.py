@@ -13,8 +13,13 @@ def recipes(
     """List the recipes, or show one."""
     import yaml
 
+    from glocal.errors import GlocalError
     from glocal.experiments.recipe import read_recipe, recipe_names, recipe_text
 
+    if name is None and data is not None:
+        raise GlocalError(
+            "--data fills in what one recipe derives: name the recipe, too, such as `glocal recipes auto`."
+        )
     if name is None:
         width = max(map(len, recipe_names()))
         for found in recipe_names():

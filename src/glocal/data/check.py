@@ -250,7 +250,7 @@ def _group(items: Iterable[tuple[K, str]]) -> dict[K, list[str]]:
 def _absent_labels(layout: _Layout, facts: Sequence[_Facts]) -> list[Finding]:
     present = {value for fact in facts for value in fact.values}
     labels = layout.description.labels if layout.description and present else {}
-    absent = [name for name, value in labels.items() if value not in present]
+    absent = [name for name, value in labels.items() if value not in present | {0}]  # no background need be left
     return [finding("label-missing", f"No label map holds the label {name} ({labels[name]}).") for name in absent]
 
 

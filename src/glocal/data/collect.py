@@ -23,6 +23,7 @@ from glocal.data.image import (
     is_volume_file,
     read_file,
     read_labels,
+    require_target,
     write_image,
 )
 from glocal.errors import GlocalError
@@ -143,9 +144,11 @@ def _appearing(folder: Path) -> Iterator[Path]:
 
 
 def _volumes(folder: Path) -> list[Path]:
-    return sorted(
-        path for path in folder.rglob("*") if is_volume_file(path) and path.is_file() and _visible(path, folder)
-    )
+    files = (path for path in folder.rglob("*") if is_volume_file(path) and not path.is_dir())
+    found = sorted(path for path in files if _visible(path, folder))
+    for path in found:
+        require_target(path)
+    return found
 
 
 def _visible(path: Path, root: Path) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from glocal.data.image import FILE_ENDINGS, is_volume_file, readable_name
+from glocal.data.image import FILE_ENDINGS, is_volume_file, readable_name, require_target
 from glocal.errors import GlocalError
 from glocal.files import read_json, write_json
 
@@ -189,8 +189,9 @@ def list_images(root: Path, ending: str) -> tuple[dict[str, dict[int, Path]], li
 def volumes_in(folder: Path, ending: str) -> tuple[list[Path], list[str]]:
     """The volumes of a folder with an ending, sorted, and a sentence for every other; none if there is no folder."""
     found, misnamed = [], []
-    for path in sorted(path for path in folder.glob("*") if is_volume_file(path) and path.is_file()):
+    for path in sorted(path for path in folder.glob("*") if is_volume_file(path) and not path.is_dir()):
         try:
+            require_target(path)
             readable_name(path)
         except GlocalError as error:
             misnamed.append(str(error))
@@ -226,7 +227,9 @@ def read_subjects(root: Path, cases: Sequence[str]) -> dict[str, str]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise GlocalError(f"{path} cannot be read: save it as plain text (UTF-8).") from error
+    except (OSError, csv.Error) as error:
         raise GlocalError(f"{path} cannot be read: {error}.") from error
     subjects: dict[str, str] = {}
     for line, row in enumerate(rows, start=2):

@@ -26,7 +26,10 @@ RULES: dict[str, tuple[Severity, str]] = {
     "not-finite-read-as-0": ("warning", "Replace these voxels yourself if 0 is not the background."),
     "constant": ("error", "Export the image again, or remove the case: it shows nothing."),
     "label-not-whole": ("error", "Resample label maps with nearest neighbours; store whole numbers."),
-    "label-unknown": ("error", "Name the value under labels in dataset.json, or relabel its voxels."),
+    "label-unknown": (
+        "error",
+        "Relabel its voxels, or name it under labels in dataset.json, whose values are 0, 1, 2, ... without a gap.",
+    ),
     "label-empty": ("warning", "Remove the label map if nobody segmented the case: it then counts as unlabelled."),
     "label-tiny": ("warning", "Look whether the label map is finished."),
     "label-missing": ("warning", "Remove the label from dataset.json, or look whether its value is right."),

@@ -55,6 +55,16 @@ class Volume:
     geometry: Geometry
 
 
+def require_target(path: Path) -> None:
+    """Refuse a link whose file is missing, as archives and DataLad leave them: it would be overlooked in silence.
+
+    Raises:
+        GlocalError: it is one.
+    """
+    if path.is_symlink() and not path.exists():
+        raise GlocalError(f"{path} is a link to a file that is not here: fetch it (`datalad get`), or remove the link.")
+
+
 def is_volume_file(path: Path) -> bool:
     """Whether the name ends like a volume glocal reads; hidden files (`._a.nii` of macOS) are none."""
     return path.name.lower().endswith(FILE_ENDINGS) and not path.name.startswith(".")
@@ -114,6 +124,8 @@ def read_file(path: Path) -> sitk.Image:
                 "correct its orientation."
             ) from error
         raise _unreadable(path) from error
+    if image.GetPixelID() in (sitk.sitkComplexFloat32, sitk.sitkComplexFloat64):
+        raise GlocalError(f"{path} holds complex numbers: give their magnitude, as an image of its own.")
     if nifti and not _nifti_complete(path, image):
         raise _unreadable(path)
     return image

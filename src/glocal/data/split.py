@@ -226,6 +226,11 @@ def draw_labels(
         _refuse_unknown(labels, pool, split)
         asked, train = f"{len(labels)} labelled volumes", list(labels)
         chosen = others(train)[:validation]
+    if not queue:
+        raise GlocalError(
+            "There is no labelled volume to train on: put label maps into labelsTr, or name fewer labelled cases under "
+            "test in split.json."
+        )
     if len(queue) < wanted or not train or len(chosen) < validation:
         raise GlocalError(
             f"{asked} for training and {validation} for validation were asked for, but only {len(queue)} "

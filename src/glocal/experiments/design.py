@@ -16,6 +16,7 @@ from glocal.experiments.grid import (
     baseline_of,
     chosen_options,
     experiment_options,
+    option_name,
     variants,
 )
 from glocal.experiments.layout import TableOptions, check_layout
@@ -94,7 +95,9 @@ def read_experiment(recipe: str, words: Sequence[str] = ()) -> Experiment:
         raise GlocalError("Say which data: data=DATASET (and where to with out=FOLDER, else `experiments`).")
     options = experiment_options(settings.pop("experiment", {}))
     of_recipe = experiment_options(read_recipe(recipe).get("experiment", {}))
-    options = options.model_copy(update={"vary": chosen_options(options.vary, of_recipe.vary)})
+    vary = chosen_options(options.vary, of_recipe.vary)
+    tables = {name: _without_left_out(table, vary, of_recipe.vary) for name, table in options.tables.items()}
+    options = options.model_copy(update={"vary": vary, "tables": tables})
     asked = {**settings, "experiment": options.model_dump(mode="json") | {"vary": options.vary}}
     out = Path(str(settings.get("out") or OUT)).resolve()
     if (out / "recipe.yaml").exists():
@@ -119,6 +122,22 @@ def read_experiment(recipe: str, words: Sequence[str] = ()) -> Experiment:
     design = Experiment(settings["name"], out, asked, options, found, trials, baseline_of(options, found), tables)
     _refuse_namesakes(design)
     return design
+
+
+def _without_left_out(table: TableOptions, vary: Mapping[str, Any], of_recipe: Mapping[str, Any]) -> TableOptions:
+    """Without a paper's numbers for options that the recipe has on its axes and a list in the command has not."""
+
+    def kept(name: str, axes: Sequence[str]) -> bool:
+        parts = zip(axes, name.split(" / "), strict=False)
+        now, before = ({axis: set(map(option_name, of)) for axis, of in each.items()} for each in (vary, of_recipe))
+        return all(part in now.get(axis, ()) or part not in before.get(axis, ()) for axis, part in parts)
+
+    paper = {
+        row: {column: number for column, number in numbers.items() if kept(column, table.columns)}
+        for row, numbers in table.paper.items()
+        if kept(row, table.rows)
+    }
+    return table.model_copy(update={"paper": {row: numbers for row, numbers in paper.items() if numbers}})
 
 
 def _refuse_names(name: str, tables: Mapping[str, TableOptions]) -> None:

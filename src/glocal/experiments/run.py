@@ -76,6 +76,7 @@ def run_recipe(recipe: Recipe, workers: int | None = None) -> Path:
     recipe = recipe.model_copy(update={"data": recipe.data.resolve()})  # however it was spelled
     out = recipe.out
     dataset = read_dataset(recipe.data)
+    device_named(recipe.device)  # refused now, not after hours of preprocessing
     refuse_impossible_draws(recipe, dataset.members, dataset.split)
     if recipe.protocol.evaluate == "development":  # who names them wants to measure; test subjects one may do without
         refuse_unmeasured(recipe, dataset.members, dataset.split)

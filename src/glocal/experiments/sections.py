@@ -195,7 +195,12 @@ def _aspect(store: Store, undo: Undo, name: str) -> float:
 
 
 def _read_log(folder: Path, key: str) -> list[tuple[float, float]]:
-    lines = pd.read_json(folder / "metrics.jsonl", lines=True)
+    try:
+        lines = pd.read_json(folder / "metrics.jsonl", lines=True)
+    except (OSError, ValueError) as error:
+        raise GlocalError(
+            f"{folder / 'metrics.jsonl'} is missing or damaged: put a copy back, or train in another folder."
+        ) from error
     if key not in lines:
         return []
     kept = lines[lines[key].notna()]

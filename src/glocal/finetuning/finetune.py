@@ -151,7 +151,19 @@ def _train(
         _keep_examples(run / "examples.npz", strategy)
     if entry.uses_unlabelled and set(unlabelled.volumes.tolist()) <= set(labelled.volumes.tolist()):
         warnings = [NOTHING_UNLABELLED, *warnings]
+    if absent := _absent(labelled):
+        warnings = [
+            f"No labelled volume holds {absent}, so the network has not learnt it: label one that does.",
+            *warnings,
+        ]
     return warnings
+
+
+def _absent(labelled: Pool) -> str:
+    """The structures that no slice of a pool has."""
+    parts = torch.split(labelled.slices, 256)
+    present = {value for part in parts for value in torch.unique(labelled.store.labels_of(part)).tolist()}
+    return ", ".join(name for name, value in labelled.store.labels.items() if value not in present | {0})
 
 
 def unlabelled_of(members: Sequence[Member], split: Split, draw: Draw) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from glocal.data.prepare import restore
 from glocal.data.split import ProtocolOptions, Split
 from glocal.data.store import Store
 from glocal.ensemble import Models
+from glocal.errors import GlocalError
 from glocal.evaluation.calibration import calibrated
 from glocal.evaluation.evaluate import evaluate
 from glocal.evaluation.metrics import dice
@@ -115,7 +116,14 @@ def evaluation_of(run: Path, measured: str) -> "pd.DataFrame":
 
     # A case may be called 007, a class 1 and a subject NA.
     text = dict.fromkeys(("subject", "case", "class"), str)
-    return pd.read_csv(evaluation_file(run, measured), dtype=text, keep_default_na=False, na_values=[""])
+    path = evaluation_file(run, measured)
+    try:
+        frame = pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
+    except (OSError, ValueError):
+        frame = pd.DataFrame()
+    if not {"checkpoint", "dice", *text} <= set(frame.columns):
+        raise GlocalError(f"{path} is missing or damaged: put a copy back, or train in another folder.")
+    return frame
 
 
 def predictions_folder(run: Path, measured: str, checkpoint: str = "last") -> Path:
