@@ -2,6 +2,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import SimpleITK as sitk
 import torch
@@ -355,7 +356,7 @@ def test_the_folder_of_the_images_is_not_written_to(
         ("4-D", "not one three-dimensional volume"),
     ],
 )
-def test_a_bad_image_is_named_and_the_masks_before_it_stay(
+def test_a_bad_image_is_named_when_all_others_are_done(
     image: tuple[Array, Geometry], finetuned: Path, tmp_path: Path, damage: str, sentence: str
 ) -> None:
     array, geometry = image
@@ -374,12 +375,25 @@ def test_a_bad_image_is_named_and_the_masks_before_it_stay(
     with pytest.raises(GlocalError, match=sentence) as raised:
         predict(finetuned, tmp_path / "in", tmp_path / "out", device="cpu")
     assert bad.name in str(raised.value)
-    assert names(tmp_path / "out") == [f"a{ending}"]
+    assert f"All other masks are in {tmp_path / 'out'}." in str(raised.value)
+    assert names(tmp_path / "out") == [f"a{ending}", f"c{ending}"]
+    assert set(pd.read_csv(tmp_path / "out" / "cases.csv")["case"]) == {"a", "c"}
     write_volume(bad, array, geometry)
     before = (tmp_path / "out" / f"a{ending}").stat().st_mtime_ns
     assert len(predict(finetuned, tmp_path / "in", tmp_path / "out", device="cpu")) == 3
     assert names(tmp_path / "out") == [f"{name}{ending}" for name in "abc"]
     assert (tmp_path / "out" / f"a{ending}").stat().st_mtime_ns == before
+
+
+def test_several_bad_images_are_named_and_none_need_be_good(finetuned: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in "abc":
+        (tmp_path / "in" / f"{name}.mha").write_text("no image")
+    with pytest.raises(
+        GlocalError, match=r"a\.mha cannot be read.* The same holds for b, c, each for a reason of its own"
+    ):
+        predict(finetuned, tmp_path / "in", tmp_path / "out", device="cpu")
+    assert names(tmp_path / "out") == []
 
 
 def test_masks_that_exist_are_kept_unless_asked(

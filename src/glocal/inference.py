@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from glocal.data.dataset import some
-from glocal.data.image import read_image, write_like
+from glocal.data.image import Volume, read_image, write_like
 from glocal.data.inputs import Input, list_inputs
 from glocal.data.plan import Plan
-from glocal.data.prepare import prepare, restore
+from glocal.data.prepare import Prepared, prepare, restore
 from glocal.devices import device_named, whole_float32
 from glocal.ensemble import Ensemble, Models, Variation, softened
 from glocal.errors import GlocalError
@@ -119,8 +119,9 @@ def predict(
         The masks' paths.
 
     Raises:
-        GlocalError: no such model or images, models that do not fit together, nothing to vary, an unreadable image, or
-            `out` is the images' folder or holds masks of something else, or masks that were changed and lack a map.
+        GlocalError: no such model or images, models that do not fit together, nothing to vary, or `out` is the images'
+            folder or holds masks of something else, or masks that were changed and lack a map; and when all others are
+            done, an image that cannot be used.
     """
     models = Models.load([find_model(path) for path in (model, *others)])
     if out.resolve() == (images if images.is_dir() else images.parent).resolve():
@@ -141,15 +142,38 @@ def predict(
     }
     record["papers"] = models.papers
     write_json(out / "predictions.json", record)
+    unusable: dict[str, GlocalError] = {}
     for case in track(inputs, "Predicting", len(inputs)):
         there = [name for name in record["cases"].get(case.name, {}).get("files", []) if (out / name).exists()]
-        if overwrite or not set(maps.files(case)) <= set(there):
-            # Said before it is written: what a stopped prediction leaves is told from a mask of somebody else.
-            write_json(out / "predictions.json", record | {"writing": case.target})
-            record["cases"][case.name] = _predict_case(network, plan, case, out / case.target, maps, where)
+        if not overwrite and set(maps.files(case)) <= set(there):
+            continue
+        try:
+            volume, prepared = _prepared(case, plan)
+        except GlocalError as error:  # hundreds of others need not wait for this one to be mended
+            unusable[case.name] = error
+            continue
+        # Said before it is written: what a stopped prediction leaves is told from a mask of somebody else.
+        write_json(out / "predictions.json", record | {"writing": case.target})
+        record["cases"][case.name] = _predict_case(
+            network, plan, case, volume, prepared, out / case.target, maps, where
+        )
     write_json(out / "predictions.json", record)
-    _write_overview(out, record, plan, uncertainty)
+    if record["cases"]:
+        _write_overview(out, record, plan, uncertainty)
+    if unusable:
+        first, *rest = unusable
+        more = f" The same holds for {some(rest)}, each for a reason of its own." if rest else ""
+        raise GlocalError(f"{unusable[first]}{more} All other masks are in {out}.") from unusable[first]
     return [out / case.target for case in inputs]
+
+
+def _prepared(case: Input, plan: Plan) -> tuple[Volume, Prepared]:
+    """A case as it is in its files, and as the network sees it."""
+    volume = read_image(case.files)
+    try:
+        return volume, prepare(volume, plan)
+    except GlocalError as error:
+        raise GlocalError(f"{case.files[0]}: {error}") from error
 
 
 def _record(out: Path, models: Models, options: dict[str, Any], inputs: list[Input], overwrite: bool) -> dict[str, Any]:
@@ -225,16 +249,18 @@ def _maker(record: dict[str, Any]) -> str:
 
 
 def _predict_case(
-    network: nn.Module, plan: Plan, case: Input, target: Path, maps: Maps, device: torch.device
+    network: nn.Module,
+    plan: Plan,
+    case: Input,
+    volume: Volume,
+    prepared: Prepared,
+    target: Path,
+    maps: Maps,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Write what is wanted of a case; what was measured of it."""
     from glocal.evaluation.cases import case_measures
 
-    volume = read_image(case.files)
-    try:
-        prepared = prepare(volume, plan)
-    except GlocalError as error:
-        raise GlocalError(f"{case.files[0]}: {error}") from error
     shape, undo = volume.array.shape[1:], prepared.undo
     kept = np.empty((len(plan.labels), *shape), dtype=np.float16) if maps.probabilities else None
     unsure = np.empty(shape, dtype=np.float32) if maps.uncertainty else None
