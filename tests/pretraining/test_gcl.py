@@ -382,6 +382,7 @@ def test_single_slices_have_no_partitions(odd: Store, tmp_path: Path, cheap: dic
     split = Split(0, ("odd1",), (), ())
     with pytest.raises(GlocalError, match="a volume of two slices or more"):
         pretrain(odd, tmp_path / "D", settings, split=split)
+    split = Split(0, ("odd1", "odd2"), (), ())
     assert pretrain(odd, tmp_path / "random", {**settings, "strategy": "random"}, split=split).exists()
 
 
