@@ -16,7 +16,7 @@ from glocal.data.image import read_image, read_labels
 from glocal.data.orientation import Undo
 from glocal.data.store import Store
 from glocal.errors import GlocalError
-from glocal.evaluation.evaluate import note_counts, pooled_dice, summary
+from glocal.evaluation.evaluate import FOREGROUND, note_counts, pooled_dice, summary
 from glocal.evaluation.metrics import EMPTY_POLICY
 from glocal.files import read_json
 from glocal.finetuning.measure import predictions_folder
@@ -41,18 +41,14 @@ def measured(frame: pd.DataFrame) -> list[Section]:
     statistics = summary(frame).set_index(["class", "metric"])
     names = [str(name) for name in statistics.index.get_level_values("class").unique()]
     mean, sd = (statistics[column].astype(float).to_dict() for column in ("mean", "sd"))
-    pooled = pooled_dice(frame)
-    per_class = [
-        [name, *(_spread(mean[(name, m)], sd[(name, m)], m) for m in shown), _number(pooled[name], "dice")]
-        for name in names
-    ]
+    per_class = [[name, *(_spread(mean[(name, m)], sd[(name, m)], m) for m in shown)] for name in names]
     counts = note_counts(frame).sum()
     odd = ", ".join(f"{int(number)} {note}" for note, number in counts.items() if number)
     headings = [METRIC_NAMES[metric] for metric in shown]
     note = EMPTY_POLICY + (f" Here: {odd}." if odd else "")
     note += " Surface Dice: the part of both surfaces that is within 1 mm of the other." * ("nsd" in shown)
-    note += " Pooled Dice: of all cases taken together, as Zeng et al. report it."
-    tables = [Table("By structure", ["Structure", *headings, "Pooled Dice"], per_class, note)]
+    note += f" All cases pooled as one, as Zeng et al. report it: Dice {pooled_dice(frame)[FOREGROUND]:.3f}."
+    tables = [Table("By structure", ["Structure", *headings], per_class, note)]
     per_case = [
         [str(row["case"]), str(row["class"]), *(_number(row[m], m) for m in shown), _text(row["note"])]
         for _, row in frame.iterrows()
