@@ -350,7 +350,7 @@ def test_the_second_stage_computes_as_the_first_has_begun(
     for stage in ("stage-1-global", "stage-2-local"):
         state = training_state(tmp_path / stage)
         assert (state["precision"], state["threads"]) == ("bfloat16", 2)
-    assert 1000 < manifest_of(tmp_path)["seconds"] < 1100  # those of the first start, too
+    assert 1000 <= manifest_of(tmp_path)["seconds"] < 1100  # those of the first start, too
 
 
 def test_regions_lie_where_the_image_is(
