@@ -130,6 +130,10 @@ def test_files_that_are_missing_or_misnamed(root: Path) -> None:
         with pytest.raises(GlocalError, match=rf"{other} does not end in \.nii\.gz and would be left out: convert"):
             read_dataset(root)
         (root / other).unlink()
+    (root / "labelsTr/d.nii.gz").touch()
+    with pytest.raises(GlocalError, match=r"labelsTr holds label maps of cases that have no image: d\. Add the images"):
+        read_dataset(root)
+    (root / "labelsTr/d.nii.gz").unlink()
     (root / "imagesTr/b_0001.nii.gz").unlink()
     with pytest.raises(GlocalError, match=r"Case b .*lacks the channel file _0001"):
         read_dataset(root)

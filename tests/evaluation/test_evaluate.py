@@ -85,6 +85,23 @@ def test_extra_predictions_are_named(dataset: Path, predictions: Path, capsys: p
     assert "case[7]" in capsys.readouterr().err
 
 
+def test_label_maps_may_have_a_suffix(dataset: Path, predictions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frame = evaluate(predictions, dataset)
+    for case in "abc":
+        (dataset / f"labelsTr/{case}.nii.gz").rename(dataset / f"labelsTr/{case}_gt.nii.gz")
+    (predictions / "b.mha").rename(predictions / "b-seg.mha")
+    suffixed = evaluate(predictions, dataset)
+    assert suffixed["case"].unique().tolist() == ["a_gt", "b_gt", "c_gt"]
+    assert suffixed["dice"].tolist() == frame["dice"].tolist()
+    write_volume(predictions / "b.mha", mask(3), GEOMETRY)
+    with pytest.raises(GlocalError, match=r"b\.mha and b-seg\.mha are both named like the label map of b_gt: keep one"):
+        evaluate(predictions, dataset)
+    (dataset / "labelsTr/b_gt.nii.gz").rename(dataset / "labelsTr/b.nii.gz")
+    capsys.readouterr()
+    assert not evaluate(predictions, dataset, cases=["b"])["dice"].eq(1).any()  # the very name comes first
+    assert "b-seg" in capsys.readouterr().err
+
+
 def test_other_size(dataset: Path, predictions: Path) -> None:
     write_volume(predictions / "a.mha", mask(9)[:-1], GEOMETRY)
     with pytest.raises(GlocalError, match=r"a\.mha has size \(8, 7, 3\)"):

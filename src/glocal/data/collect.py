@@ -24,13 +24,13 @@ from glocal.data.image import (
     read_file,
     read_labels,
     require_target,
+    without_label_suffix,
     write_image,
 )
 from glocal.errors import GlocalError
 from glocal.files import replacing, write_text
 from glocal.progress import track
 
-LABEL_SUFFIX = re.compile(r"[_-](gt|seg|segmentation|label|labels|mask)$", re.IGNORECASE)
 CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 
@@ -164,7 +164,7 @@ def _label_files(images: Path, labels: Path | None) -> list[Path]:
         return []
     files = _volumes(labels)
     if images.resolve().is_relative_to(labels.resolve()):  # one folder for both: the suffix tells
-        files = [path for path in files if LABEL_SUFFIX.search(_stem(path))]
+        files = [path for path in files if _stem(path) != without_label_suffix(_stem(path))]
     if not files:
         raise GlocalError(f"{labels} holds no label maps (NIfTI, MHA or NRRD files): choose another folder.")
     return files
@@ -175,7 +175,7 @@ def _image_files(images: Path, label_files: Sequence[Path]) -> list[Path]:
     files = [path for path in _volumes(images) if path.resolve() not in taken]
     stems = {path.parent / _stem(path) for path in files}
     for path in files:
-        bare = LABEL_SUFFIX.sub("", _stem(path))
+        bare = without_label_suffix(_stem(path))
         if bare != _stem(path) and stems & {path.parent / bare, path.parent / f"{bare}_0000"}:
             raise GlocalError(f"{path} looks like a label map: name the folder of the label maps with --labels.")
     return files
@@ -243,7 +243,7 @@ def _match(sources: Sequence[_Source], label_files: Sequence[Path], labels: Path
     unmatched = []
     for path in label_files:
         below = path.relative_to(labels).parent
-        names = [_stem(path), LABEL_SUFFIX.sub("", _stem(path))]
+        names = [_stem(path), without_label_suffix(_stem(path))]
         names += [match[1] for stem in names if (match := CHANNEL.fullmatch(stem)) and match[2] == "0000"]
         places = [below / name for name in names] + [below] * (below.name != "")
         near = [exact[place] for place in places if place in exact]

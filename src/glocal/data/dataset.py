@@ -86,11 +86,18 @@ def read_dataset(root: Path) -> Dataset:
     """
     description = read_description(root)
     images, misnamed = list_images(root, description.file_ending)
-    misnamed += volumes_in(root / "labelsTr", description.file_ending)[1]
+    label_files, misnamed_labels = volumes_in(root / "labelsTr", description.file_ending)
+    misnamed += misnamed_labels
     if misnamed:
         raise GlocalError(misnamed[0])
     if not images:
         raise GlocalError(f"{root / 'imagesTr'} holds no images with the ending {description.file_ending}.")
+    labels = {path.name.removesuffix(description.file_ending): path for path in label_files}
+    if alone := sorted(set(labels) - set(images)):
+        raise GlocalError(
+            f"{root / 'labelsTr'} holds label maps of cases that have no image: {some(alone)}. "
+            "Add the images, or move these label maps out of labelsTr."
+        )
     for case, files in images.items():
         problem = channel_problem(files, len(description.channels))
         if problem:
@@ -101,7 +108,7 @@ def read_dataset(root: Path) -> Dataset:
             name=name,
             subject=subjects[name],
             images=tuple(path for _, path in sorted(files.items())),
-            label=label if (label := root / "labelsTr" / f"{name}{description.file_ending}").is_file() else None,
+            label=labels.get(name),
         )
         for name, files in images.items()
     )

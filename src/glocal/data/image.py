@@ -23,6 +23,7 @@ from glocal.files import replacing
 
 _SHIFT_IN_VOXELS = 0.1  # how far two grids may lie apart: above the rounding of headers, below what a result can feel
 FILE_ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
+_LABEL_SUFFIX = re.compile(r"[_-](gt|seg|segmentation|label|labels|mask)$", re.IGNORECASE)
 _CODES = ("qform_code", "sform_code")
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
@@ -80,6 +81,11 @@ def file_ending(path: Path) -> str:
         if path.name.lower().endswith(ending):
             return path.name[len(path.name) - len(ending) :]
     raise GlocalError(f"{path} has none of the endings {', '.join(FILE_ENDINGS)}: convert it with `glocal collect`.")
+
+
+def without_label_suffix(name: str) -> str:
+    """The name of a label map without `_gt`, `_seg`, `_label` or `_mask` behind it: that of its image."""
+    return _LABEL_SUFFIX.sub("", name)
 
 
 def files_of(path: Path) -> list[Path]:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from glocal.data.image import file_ending, is_volume_file, read_labels, require_same_grid
+from glocal.data.image import file_ending, is_volume_file, read_labels, require_same_grid, without_label_suffix
 from glocal.errors import GlocalError
 from glocal.evaluation.metrics import METRICS, Row, case_metrics, worst_metrics
 from glocal.files import read_json, replacing
@@ -33,7 +33,8 @@ def evaluate(
     """Measure every expected case; one without a prediction gets the worst values and is never left out.
 
     Args:
-        predictions: folder of predicted label maps; matched with `labels` by name without ending, formats may differ.
+        predictions: folder of predicted label maps; matched with `labels` by name without ending and without
+            `_gt`, `_seg`, `_label` or `_mask` behind it; formats may differ.
         labels: a `labelsTr` folder, or a raw dataset with `dataset.json` and `labelsTr`.
         out: where to write the table as CSV; None writes nothing.
         class_names: class name to label value; None takes them from `dataset.json`, or else from the label maps.
@@ -49,7 +50,8 @@ def evaluate(
             place than its label map; label values that have no name, negative ones, or none at all.
     """
     folder, names = _label_folder(labels)
-    expected, predicted = _volumes(folder), _volumes(predictions)
+    expected = _volumes(folder)
+    predicted = _by_case(_volumes(predictions), expected)
     chosen = sorted(expected if cases is None else set(cases))
     if unknown := [case for case in chosen if case not in expected]:
         raise GlocalError(f"{folder} has no label map for {_listed(unknown)}: correct the list of cases.")
@@ -162,6 +164,20 @@ def _volumes(folder: Path) -> dict[str, Path]:
         found[case] = path
     if not found:
         raise GlocalError(f"{folder} holds no volumes: give the folder that holds the label maps.")
+    return found
+
+
+def _by_case(predicted: Mapping[str, Path], expected: Mapping[str, Path]) -> dict[str, Path]:
+    """The predictions by the case they are of; one that is of no case keeps its name."""
+    alike = {without_label_suffix(case): case for case in expected}
+    found: dict[str, Path] = {}
+    for name, path in predicted.items():
+        case = alike.get(without_label_suffix(name), name)
+        if name in expected or case in predicted:
+            case = name
+        if case in found:
+            raise GlocalError(f"{path} and {found[case].name} are both named like the label map of {case}: keep one.")
+        found[case] = path
     return found
 
 
