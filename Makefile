@@ -31,10 +31,11 @@ format: $(VENV)/.installed
 clean:
 	rm -rf $(VENV) $(PEERS) demo
 
-# The constraints hold every version; a change of them or of pyproject.toml refreshes the environment.
+# The constraints hold every version; a change of them or of pyproject.toml refreshes the environment. What is imported is
+# compiled then: to compile all that is installed takes a minute more.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[dev]"
 	touch $@
 
 $(PEERS)/.installed: pyproject.toml benchmarks/peers.txt
