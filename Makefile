@@ -15,8 +15,9 @@ test: $(VENV)/.installed          ## lint, types, tests
 	$(BIN)/mypy
 	$(BIN)/pytest -n auto
 
-figures: $(VENV)/.installed       ## the pictures of docs/figures, drawn from what the methods do on the phantom; a minute or two
+figures: demo                     ## the pictures of docs/figures, from what the methods do on the phantom; two minutes after the demo
 	$(BIN)/python -m figures
+	$(BIN)/python -m figures.demo
 
 bench: $(VENV)/.installed         ## what everything costs, beside MONAI, SimpleITK and the bare network; fifteen minutes on a quiet machine
 	$(BIN)/python -m benchmarks

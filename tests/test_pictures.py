@@ -25,8 +25,14 @@ def test_a_picture_is_made_small_and_shown_with_words_for_who_cannot_see_it(name
 
 
 def test_no_picture_is_left_over() -> None:
-    assert {path.stem for path in FOLDER.glob("*.png")} == PICTURES.keys()
+    assert {path.stem for path in FOLDER.glob("*.png")} == {*PICTURES, "demo"}
     assert set(re.findall(r"\(figures/(.*?)\.png\)", DOCS)) == PICTURES.keys()
+
+
+def test_the_readme_shows_what_exists() -> None:
+    shown = re.findall(r"docs/figures/(.*?)\.png", (FOLDER.parents[1] / "README.md").read_text(encoding="utf-8"))
+    assert {"pcl", "demo"} <= set(shown)
+    assert all((FOLDER / f"{name}.png").stat().st_size < 200_000 for name in shown)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -1,6 +1,5 @@
 """Slices of a case side by side: predicted structures above, uncertainty below."""
 
-import io
 from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
@@ -8,9 +7,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image
 
-from glocal.reporting.figures import QUIET, STYLE, Labels, class_legend, draw_slice, tallness, to_bytes, window_around
+from glocal.reporting.figures import (
+    QUIET,
+    STYLE,
+    Labels,
+    class_legend,
+    draw_slice,
+    in_few_colours,
+    tallness,
+    to_bytes,
+    window_around,
+)
 
 
 def montage(
@@ -50,19 +58,10 @@ def montage(
         bar.ax.tick_params(labelsize=7, length=2, colors=QUIET)
         bar.outline.set_visible(False)
         class_legend(figure, class_names, outline=False, fill=False)
-        return _in_few_colours(to_bytes(figure, "png"))
+        return in_few_colours(to_bytes(figure, "png"))
 
 
 def _outline(axes: Axes, mask: Labels) -> None:
     """Thin white lines around all structures together."""
     if (mask != 0).any():
         axes.contour((mask != 0).astype(float), levels=[0.5], colors="w", linewidths=0.6, alpha=0.7)
-
-
-def _in_few_colours(png: bytes) -> bytes:
-    """The same picture in a fourth of the bytes: a page holds many."""
-    buffer, picture = io.BytesIO(), Image.open(io.BytesIO(png)).convert("RGB")
-    # The octree keeps rare colours, such as those of the legend; dithering would be noise to pack.
-    few = picture.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-    few.save(buffer, "png", optimize=True)
-    return buffer.getvalue()
