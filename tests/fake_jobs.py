@@ -41,13 +41,13 @@ def be_killed(run: Path, times: int) -> None:
     train(run)
 
 
-def find_busy(run: Path, times: int) -> None:
-    """Find another process at work the first `times` times, then train."""
+def find_busy(run: Path, times: int, file: Path | None = None, diary: Path | None = None) -> None:
+    """Find another process at work the first `times` times, and as long as a file is missing, then train."""
     before = len(list(run.glob("busy-*")))
-    if before < times:
+    if before < times or (file is not None and not file.exists() and before < 1000):
         write_json(run / f"busy-{before}.json", {})
         raise Busy(f"Another process is working in {run}.")
-    train(run)
+    train(run, diary)
 
 
 def wait_for(run: Path, file: Path, diary: Path | None = None) -> None:

@@ -79,6 +79,20 @@ class Pair:
     """The two processes."""
 
     def __init__(self) -> None:
+        self._processes: list[subprocess.Popen[str]] = []
+
+    def _start(self) -> None:
+        """Start both and see that they found each other: a port that is free now may be taken when they look for it."""
+        for attempt in range(3):
+            self.close()
+            self._begin()
+            try:
+                return self._do({})
+            except (AssertionError, BrokenPipeError):
+                if attempt == 2:
+                    raise
+
+    def _begin(self) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -96,7 +110,12 @@ class Pair:
         ]
 
     def do(self, job: dict[str, Any]) -> None:
-        """Have both do the job, and wait; what goes wrong in either is an error here."""
+        """Have both do the job, and wait; what goes wrong in either is an error here, and of this job alone."""
+        if not self._processes or any(process.poll() is not None for process in self._processes):
+            self._start()
+        self._do(job)
+
+    def _do(self, job: dict[str, Any]) -> None:
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.write(json.dumps(job) + "\n")
@@ -110,14 +129,18 @@ class Pair:
         for process in self._processes:
             try:
                 process.communicate(timeout=30)
-            except subprocess.TimeoutExpired:
+            except (subprocess.TimeoutExpired, BrokenPipeError):
                 process.kill()
+                process.wait()
 
 
 def main() -> None:
     for line in sys.stdin:
         try:
-            train_in_double(**json.loads(line))
+            if job := json.loads(line):
+                train_in_double(**job)
+            else:
+                joined("cpu")
         except Exception as error:
             print(f"{type(error).__name__}: {error}", flush=True)
             os._exit(1)  # the other one would wait for this for ever

@@ -29,9 +29,21 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     return there_are
 
 
-@pytest.mark.parametrize("name", ["foo", "mps", "cuda:x", "cuda:99", "", "autocpu", "cpu0"])
-def test_an_unknown_device_is_refused(name: str) -> None:
-    with pytest.raises(GlocalError, match="device="):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("foo", "device=foo is not known"),
+        ("mps", "device=mps is not supported"),
+        ("cuda:x", "device=cuda:x is not known"),
+        ("cuda:99", "device=cuda:99 was asked for, but this machine has 2 GPUs"),
+        ("", "device= is not known"),
+        ("autocpu", "device=autocpu is not known"),
+        ("cpu0", "device=cpu0 is not known"),
+    ],
+)
+def test_an_unknown_device_is_refused(gpus: Any, name: str, words: str) -> None:
+    gpus(2)
+    with pytest.raises(GlocalError, match=words):
         device_named(name)
 
 

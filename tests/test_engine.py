@@ -114,7 +114,7 @@ def test_the_log_holds_losses_rate_and_figures(tmp_path: Path) -> None:
     assert seen == [learner] * 3
     assert losses[-1]["loss"] < losses[0]["loss"]
     state = training_state(tmp_path)
-    assert 0 < state.pop("seconds") < 100
+    assert 0 <= state.pop("seconds") < 100
     assert state == {"step": 12, "precision": "float32", "threads": 1, "warnings": ["odd"]}
 
 
@@ -334,15 +334,17 @@ def test_a_killed_pretraining_ends_with_the_weights_it_would_have_had(store: Sto
     killed, second = tmp_path / "killed", tmp_path / "killed" / "stage-2-local"
     command = [sys.executable, "-c", PRETRAIN, str(store.path), str(killed), "--method", "gcl", *words]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    whole = pretrain_with(store.path, tmp_path / "whole", "gcl", words)
+    began = time.monotonic()
     while training_state(second).get("step", 0) < 5:
         assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() - began < 200
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert 5 <= training_state(second)["step"] < 60
     assert not (killed / "model.safetensors").exists()
 
+    whole = pretrain_with(store.path, tmp_path / "whole", "gcl", words)
     assert same(load_file(whole), load_file(pretrain_with(store.path, killed, "gcl", words)))
     for part in ("stage-1-global", "stage-2-local"):
         assert same(tensors(whole.parent / part), tensors(killed / part))

@@ -152,6 +152,6 @@ def test_a_model_says_where_it_comes_from(finetuned: Path, store: Store) -> None
     assert header.provenance["dataset"] == "Tiny"
     assert len(header.provenance["labelled"]) == 2
     assert header.provenance["pretraining"]["pretraining"]["method"] == "pcl"
-    assert [name in paper for name, paper in zip(("NeurIPS", "MICCAI"), header.provenance["papers"], strict=True)]
+    assert all(name in paper for name, paper in zip(("NeurIPS", "MICCAI"), header.provenance["papers"], strict=True))
     # Nothing but tensors is in the file.
     assert load_file(finetuned / "model.safetensors").keys() == network().state_dict().keys()

@@ -6,10 +6,13 @@ import threading
 import time
 
 
-def follow_parent() -> None:
-    """Initialise a worker: it ignores Ctrl-C (the parent decides) and ends when the parent is gone, however it went."""
+def follow_parent(parent: int) -> None:
+    """Initialise a worker: it ignores Ctrl-C (the parent decides) and ends when the parent is gone, however it went.
+
+    Args:
+        parent: its process number, as itself knows it: it may be gone before this is called.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -132,7 +132,7 @@ def test_symmetric_and_in_range(
         assert row[metric] == pytest.approx(back[metric])
     assert all(0 <= row[metric] <= 1 for metric in (*OVERLAPS, "nsd"))
     assert 0 <= row["hd95"] <= row["hd"] <= diagonal + 1e-9
-    assert 0 <= row["assd"] <= row["hd"]
+    assert 0 <= row["assd"] <= row["hd"] * (1 + 1e-12)  # a mean of equal distances is rounded
     assert row["iou"] <= row["dice"]
 
 

@@ -1,5 +1,6 @@
 """A training's folder is named after all that decides its results, and after nothing else."""
 
+import pickle
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from glocal.data.sampling import Pool
 from glocal.data.store import Store
 from glocal.errors import GlocalError
 from glocal.evaluation import metrics
+from glocal.experiments.estimate import _probe
 from glocal.experiments.grid import Variant
 from glocal.experiments.plan import Training, jobs_of, plan, store_folder
 from glocal.experiments.trainings import refuse_impossible_draws
@@ -393,3 +395,11 @@ def test_draws_of_all_labels_differ_in_batches_and_views(
     assert all(value.equal(weights["again"][name]) for name, value in weights["first"].items())
     assert all(one != other for one, other in zip(drawn["first"], drawn["other"], strict=True))
     assert not weights["first"]["head.2.weight"].equal(weights["other"]["head.2.weight"])
+
+
+def test_every_job_and_its_measurement_can_be_sent_to_another_process(store: Store, tmp_path: Path) -> None:
+    jobs = jobs_of(planned(store, tmp_path, variant("pcl")))
+    for job in [*jobs, *(_probe(job, tmp_path / "probe") for job in jobs)]:
+        sent = pickle.loads(pickle.dumps(job))
+        assert sent.work is job.work
+        assert sent.arguments == job.arguments

@@ -96,6 +96,16 @@ def test_then_labelled_and_unlabelled_slices_into_each_other(make: Any) -> None:
     assert all(p.grad is None and not p.requires_grad for p in learner.teacher.parameters())
 
 
+def test_the_smaller_batch_decides_how_many_are_mixed(make: Any) -> None:
+    learner = make(batch=6, unlabelled_batch=3)
+    seen = watched(learner)
+    assert learner(4)["loss"].isfinite()
+    assert len(seen["x"]) == 2  # one each way; four labelled slices and an unlabelled one are left over
+    images, others, inside = learner.labelled_batch(4)[0], learner.taught(4)[0], learner.rectangles(1, seen["x"], 4)
+    assert seen["x"][0].equal(torch.where(inside[0], images[0], others[0]))
+    assert seen["x"][1].equal(torch.where(inside[0], others[1], images[1]))
+
+
 @pytest.mark.parametrize("largest", [True, False])
 def test_the_teacher_s_largest_pieces_are_believed(make: Any, largest: bool) -> None:
     learner, told = make(largest=largest), []

@@ -18,7 +18,7 @@ from glocal.errors import Busy, GlocalError
 from glocal.evaluation.metrics import METRICS, dice
 from glocal.experiments.report import report
 from glocal.files import read_json, write_json
-from glocal.finetuning.finetune import finetune
+from glocal.finetuning.finetune import NOTHING_UNLABELLED, finetune
 from glocal.finetuning.measure import Validation
 from glocal.inference import folded, predict, slice_probabilities
 from glocal.model import load_network, read_header
@@ -229,7 +229,7 @@ def test_development_subjects_are_measured_when_asked_and_test_subjects_later(
         finetune(store, run, settings)
     moved = Store.open(store.path)
     moved.dataset = tmp_path / "gone"
-    with pytest.raises(GlocalError, match="gone"):
+    with pytest.raises(GlocalError, match=r"gone has no dataset\.json"):
         finetune(moved, run, settings)
     assert (run / "report.html").exists()  # nothing is lost
     finetune(store, run, settings)
@@ -331,7 +331,7 @@ def test_the_time_of_an_interrupted_run_counts(
 def test_a_dataset_that_has_moved_is_said(store: Store, tmp_path: Path, cheap: dict[str, Any]) -> None:
     moved = Store.open(store.path)
     moved.dataset = tmp_path / "gone"
-    with pytest.raises(GlocalError, match="gone"):
+    with pytest.raises(GlocalError, match=r"gone has no dataset\.json"):
         finetune(moved, tmp_path / "run", {**cheap, **SHORT})
     assert not (tmp_path / "run" / "model.safetensors").exists()  # said before the training, not after
     assert finetune(store, tmp_path / "run", {**cheap, **SHORT}).exists()
@@ -354,3 +354,28 @@ def test_the_report_shows_cases_and_pictures(finetuned: Path, store: Store) -> N
     assert "± nan" not in page
     assert "No labelled volume" not in page
     assert read_image([store.dataset / "imagesTr" / "case5_0000.nii.gz"]).array.shape[1] == 6
+
+
+@pytest.mark.parametrize("choice", [False, True])
+def test_a_network_is_compiled_where_that_is_asked_for(
+    store: Store, tmp_path: Path, cheap: dict[str, Any], monkeypatch: pytest.MonkeyPatch, choice: bool
+) -> None:
+    made: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *_, **__: made.append(self))
+    finetune(store, tmp_path, {**cheap, **SHORT, "compile": choice})
+    assert bool(made) == choice
+
+
+def test_weights_of_another_network_are_refused(
+    store: Store, pretrained: Path, tmp_path: Path, cheap: dict[str, Any]
+) -> None:
+    with pytest.raises(GlocalError, match="was pre-trained with another network: leave network out"):
+        finetune(store, tmp_path, {**cheap, **SHORT, "network": {"widths": [4, 8]}}, pretrained)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_strategy_without_unlabelled_volumes_says_so(store: Store, tmp_path: Path, cheap: dict[str, Any]) -> None:
+    split = Split(0, ("case0", "case1"), (), ("case5",))
+    settings = {**cheap, **SHORT, "labels": "all", "strategy": "mean-teacher"}
+    finetune(store, tmp_path, settings, split=split)
+    assert NOTHING_UNLABELLED in manifest_of(tmp_path)["warnings"]

@@ -12,7 +12,7 @@ from glocal.finetuning.mixup import draw_mixtures
 from glocal.randomness import generator
 
 
-@pytest.mark.parametrize("options", [{"predict": "teacher", "momentum": 0.0}])
+@pytest.mark.parametrize("options", [{"predict": "teacher", "momentum": 0.0}, {"statistics": "own"}])
 class TestICT(SemiSupervisedChecks):
     strategy = "ict"
 

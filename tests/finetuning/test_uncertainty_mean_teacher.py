@@ -12,7 +12,9 @@ from glocal.finetuning.registry import finetuning_options
 from glocal.finetuning.uncertainty_mean_teacher import certain_error, threshold
 
 
-@pytest.mark.parametrize("options", [{"passes": 3}])
+@pytest.mark.parametrize(
+    "options", [{"passes": 3}, {"passes": 3, "statistics": "own", "predict": "teacher", "momentum": 0.0}]
+)
 class TestUncertaintyMeanTeacher(SemiSupervisedChecks):
     strategy = "uncertainty-mean-teacher"
 

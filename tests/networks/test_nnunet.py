@@ -99,3 +99,11 @@ def test_norms_are_of_one_image_and_start_for_leaky_relu() -> None:
     for conv in net.modules():
         if isinstance(conv, nn.Conv2d) and conv.weight.numel() > 10_000:
             assert conv.weight.var().item() == pytest.approx(2 / 1.0001 / conv.weight[0].numel(), rel=0.1)
+
+
+def test_levels_and_blocks_have_as_many_convolutions_as_asked_for() -> None:
+    network = NNUNet(1, 2, PlainOptions(widths=(4, 6), convolutions=3, decoder_convolutions=4))
+    assert [sum(isinstance(m, nn.Conv2d) for m in level.modules()) for level in network.encoder] == [3, 3]
+    assert [sum(isinstance(m, nn.Conv2d) for m in block.join.modules()) for block in network.decoder] == [4]
+    residual = NNUNet(1, 2, ResidualOptions(widths=(4, 6), decoder_convolutions=2))
+    assert [sum(isinstance(m, nn.Conv2d) for m in block.join.modules()) for block in residual.decoder] == [2]

@@ -135,6 +135,17 @@ def test_volumes_of_one_slice_have_no_positions(odd: Store, tmp_path: Path, chea
     assert not (tmp_path / "run").exists()
 
 
+def test_a_network_is_compiled_where_that_is_asked_for(
+    store: Store, cheap: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, *_, **__: made.append(self))
+    settings = {**cheap, **WIDTHS, "method": "pcl", "max_iterations": 1}
+    for number, choice in enumerate((False, True)):
+        pretrain(store, tmp_path / str(number), {**settings, "compile": choice})
+        assert bool(made) == choice
+
+
 def test_a_compiled_network_learns_the_same(store: Store, cheap: dict[str, Any], tmp_path: Path) -> None:
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler")

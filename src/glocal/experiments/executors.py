@@ -137,7 +137,7 @@ class Processes(Executors):
         if worker not in self._pools:
             gpu = self.gpus[worker % len(self.gpus)] if self.gpus else None
             self._pools[worker] = ProcessPoolExecutor(
-                1, get_context("spawn"), initializer=_on_its_own, initargs=(gpu, self.threads)
+                1, get_context("spawn"), initializer=_on_its_own, initargs=(os.getpid(), gpu, self.threads)
             )
         try:
             self._last[worker] = self._pools[worker].submit(attempt, work, arguments)
@@ -215,9 +215,9 @@ def told(error: BaseException) -> tuple[str, str]:
     return f"{type(error).__name__}: {error}".splitlines()[0], "".join(traceback.format_exception(error))
 
 
-def _on_its_own(gpu: str | None, threads: int) -> None:
-    """Initialise a process: its threads, a GPU of its own where there are some, and no word."""
-    follow_parent()
+def _on_its_own(parent: int, gpu: str | None, threads: int) -> None:
+    """Initialise a process of this parent: its threads, a GPU of its own where there are some, and no word."""
+    follow_parent(parent)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
