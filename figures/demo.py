@@ -10,6 +10,7 @@ from glocal.data.dataset import read_dataset
 from glocal.data.store import Store
 from glocal.experiments.sections import shown_slice
 from glocal.reporting.comparisons import PictureRow, picture_grid
+from glocal.reporting.figures import in_few_colours
 
 NAMES = {"random": "random weights", "pcl": "pre-trained (PCL)"}
 
@@ -28,7 +29,7 @@ def picture(run: Path) -> bytes:
         masks = dict(zip(NAMES.values(), shown.masks, strict=True))
         scores = dice.loc[order[place]].rename(NAMES).to_dict()
         rows.append(PictureRow(f"{word} case: {shown.title}", shown.image, shown.truth, masks, scores, shown.aspect))
-    return picture_grid(rows, list(NAMES.values()), store.labels)
+    return in_few_colours(picture_grid(rows, list(NAMES.values()), store.labels))
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def picture_grid(rows: Sequence[PictureRow], methods: Sequence[str], class_names
                 axes.set_title(title, loc="center", fontsize=10, fontweight="normal", pad=4)
                 axes.text(0.5, -0.03, score, transform=axes.transAxes, fontsize=10, color=QUIET, ha="center", va="top")
         figures.class_legend(figure, class_names, outline=False, fill=False)
-        return figures.in_few_colours(figures.to_bytes(figure, "png"))
+        return figures.to_bytes(figure, "png")
 
 
 def _common_window(row: PictureRow, methods: Sequence[str]) -> figures.Window:
