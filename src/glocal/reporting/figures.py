@@ -305,9 +305,9 @@ def to_bytes(figure: Figure, kind: Literal["svg", "png"]) -> bytes:
 
 
 def in_few_colours(png: bytes) -> bytes:
-    """The same picture in a fourth of the bytes: a page holds many."""
+    """The same picture in half the bytes: a page holds many."""
     buffer, picture = io.BytesIO(), Image.open(io.BytesIO(png)).convert("RGB")
-    # The octree keeps rare colours, such as those of the legend; dithering would be noise to pack.
-    few = picture.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    # An octree would be smaller still, but leaves too few greys: MR would show bands. Dithering would be noise to pack.
+    few = picture.quantize(256, Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE)
     few.save(buffer, "png", optimize=True)
     return buffer.getvalue()
