@@ -100,6 +100,10 @@ def test_label_maps_may_have_a_suffix(dataset: Path, predictions: Path, capsys: 
     capsys.readouterr()
     assert not evaluate(predictions, dataset, cases=["b"])["dice"].eq(1).any()  # the very name comes first
     assert "b-seg" in capsys.readouterr().err
+    (dataset / "labelsTr/c_gt.nii.gz").rename(dataset / "labelsTr/b_gt.nii.gz")
+    (predictions / "b.mha").unlink()
+    found = evaluate(predictions, dataset)  # of b or of b_gt? nobody can say
+    assert found[found["note"] == "no prediction"]["case"].unique().tolist() == ["b", "b_gt"]
 
 
 def test_other_size(dataset: Path, predictions: Path) -> None:

@@ -1,6 +1,7 @@
 """Compare a folder of predictions with a folder of label maps: one row for every expected case and class."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -169,7 +170,8 @@ def _volumes(folder: Path) -> dict[str, Path]:
 
 def _by_case(predicted: Mapping[str, Path], expected: Mapping[str, Path]) -> dict[str, Path]:
     """The predictions by the case they are of; one that is of no case keeps its name."""
-    alike = {without_label_suffix(case): case for case in expected}
+    shared = Counter(map(without_label_suffix, expected))
+    alike = {bare: case for case in expected if shared[bare := without_label_suffix(case)] == 1}
     found: dict[str, Path] = {}
     for name, path in predicted.items():
         case = alike.get(without_label_suffix(name), name)
