@@ -87,7 +87,7 @@ class Maps:
 
 def predict(
     model: Path,
-    images: Path,
+    images: Path | Sequence[Input],
     out: Path,
     probabilities: bool = False,
     device: str = "auto",
@@ -97,14 +97,14 @@ def predict(
     uncertainty: bool = False,
     passes: int = 0,
 ) -> list[Path]:
-    """Predict masks for all images of a folder, in their native geometry, format and header.
+    """Predict masks for images, in their native geometry, format and header.
 
     DICOM series get NIfTI masks, `.mhd` images `.mha` masks and `.nhdr` images `.nrrd` masks: one file each. Beside
     them lie `predictions.json` (models, options, what was measured) and `cases.csv`, see `evaluation.cases`.
 
     Args:
         model: a model file or a run folder.
-        images: a folder of image files or DICOM series, or one file.
+        images: a folder of image files or DICOM series, one file, or the cases themselves.
         out: folder for the masks; `CASE` and the ending of the input, as nnU-Net names them.
         probabilities: also write `CASE.npz` with `probabilities` `(K, z, y, x)` float16.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -124,13 +124,13 @@ def predict(
             done, an image that cannot be used.
     """
     models = Models.load([find_model(path) for path in (model, *others)])
-    if out.resolve() == (images if images.is_dir() else images.parent).resolve():
+    if isinstance(images, Path) and out.resolve() == (images if images.is_dir() else images.parent).resolve():
         raise GlocalError(f"{out} holds the images themselves: choose another folder for the masks.")
     where = device_named(device)
     vary = models.variation(tta, passes, every_decoder=uncertainty)
     network = predictor(models, vary, where)
     plan, maps = models.headers[0].plan, Maps(probabilities, uncertainty, models.temperature)
-    inputs = list_inputs(images, plan.channels)
+    inputs = list_inputs(images, plan.channels) if isinstance(images, Path) else list(images)
     record = _record(out, models, vary.options, inputs, overwrite)
     writing = record.pop("writing", None)
     if not overwrite:

@@ -41,6 +41,12 @@ def write_cases(out: Path, record: Mapping[str, Any]) -> pd.DataFrame:
     return table
 
 
+def read_cases(folder: Path) -> pd.DataFrame:
+    """What `write_cases` wrote; a case may be called 007, and have no flags."""
+    table = pd.read_csv(folder / CASES, dtype={"case": str}, keep_default_na=False, na_values={"uncertainty": ""})
+    return table
+
+
 def write_page(path: Path, record: Mapping[str, Any], table: pd.DataFrame, labels: Mapping[str, int]) -> None:
     """Write the page: the table, and slices of the first cases of it with masks and uncertainty.
 

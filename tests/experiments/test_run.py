@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -32,6 +33,7 @@ from glocal.experiments.steps import finetune_with, parse_labels, preprocess_wit
 from glocal.files import read_json, write_json
 from glocal.finetuning.finetune import finetune
 from glocal.model import find_model, read_header
+from glocal.overview import read_cases
 from glocal.processes import cores
 from glocal.runs import manifest_of
 
@@ -298,11 +300,17 @@ def test_two_labels_and_nothing_to_measure_on(recipe: str, write_dataset: Any, t
     assert "No labelled volume" in page
     assert "leave_one_out" in page
     # What the user came for: the masks of the volumes nobody has labelled, in their geometry, and a look at them.
-    assert [path.name for path in (out / "masks").iterdir()] == ["c.nii.gz"]
+    made = {path.name for path in (out / "masks").iterdir()}
+    assert made == {"c.nii.gz", "c_uncertainty.nii.gz", "cases.csv", "predictions.json", "predictions.html"}
+    assert read_cases(out / "masks")["case"].tolist() == ["c"]
     mask, image = read_labels(out / "masks" / "c.nii.gz"), read_image([raw / "imagesTr" / "c_0000.nii.gz"])
     assert mask.geometry == image.geometry
     assert "Masks of the unlabelled volumes" in page
     assert "made by finetune/split-0/pcl/labels-2-draw-0, the last of all fine-tunings" in page
+    corrected = np.zeros_like(mask.array[0])
+    write_volume(out / "masks" / "c.nii.gz", corrected, mask.geometry)
+    assert run(recipe, words, workers=1) == out
+    assert not read_labels(out / "masks" / "c.nii.gz").array.any()  # what a person has corrected stays
     again = run(recipe, [words[0], f"out={tmp_path / 'best'}", *words[2:4], "compare=[]"], workers=1)
     assert {path.split("/")[1] for path in trainings(again)} == {"pcl", "gcl"}  # nothing to compare: no random
 

@@ -1,7 +1,7 @@
 """`glocal predict`: masks for new images."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -54,17 +54,16 @@ def predict(
 
     OUT/cases.csv lists the volumes of all structures, and first the cases that need a human's eye.
     """
-    import pandas as pd
     from rich.console import Console
 
     from glocal.evaluation.cases import doubt
     from glocal.files import read_json
     from glocal.inference import predict as segment
+    from glocal.overview import read_cases
 
     masks = segment(model, images, out, probabilities, device, overwrite, others or [], tta, uncertainty, passes)
     record = read_json(out / "predictions.json")
-    reading: dict[str, Any] = {"dtype": {"case": str}, "keep_default_na": False, "na_values": {"uncertainty": ""}}
-    table = pd.read_csv(out / "cases.csv", **reading)
+    table = read_cases(out)
     Console().print(cases_table(table))
     if warning := doubt(table):
         typer.secho(f"Warning: {warning}", fg="yellow")

@@ -81,6 +81,14 @@ def _input(name: str, found: dict[int, Path], channels: int) -> Input:
     if sorted(found) != list(range(channels)):
         wanted = ", ".join(f"{name}_{channel:04d}" for channel in range(channels))
         raise GlocalError(f"The model needs {channels} channel(s) of {name} ({wanted}), found {len(found)}.")
-    first = found[0]
-    ending = ".nii.gz" if first.is_dir() else file_ending(first).lower()  # a mask of a DICOM series is written as NIfTI
-    return Input(name, tuple(found[channel] for channel in range(channels)), name + _IN_ONE_FILE.get(ending, ending))
+    return input_of(name, tuple(found[channel] for channel in range(channels)))
+
+
+def input_of(name: str, files: tuple[Path, ...]) -> Input:
+    """A case of these channel files, or of one DICOM folder, which gets a NIfTI mask."""
+    return Input(name, files, mask_name(name, ".nii.gz" if files[0].is_dir() else file_ending(files[0]).lower()))
+
+
+def mask_name(name: str, ending: str) -> str:
+    """The file name of a case's mask, where its images end in `ending`."""
+    return name + _IN_ONE_FILE.get(ending, ending)

@@ -6,15 +6,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from glocal import distributed, runs
 from glocal.data.dataset import read_dataset
+from glocal.data.inputs import input_of
 from glocal.data.preprocess import preprocess
 from glocal.data.split import Split, read_split
 from glocal.data.store import Store
 from glocal.devices import device_named, precision_of
-from glocal.ensemble import Models
 from glocal.errors import GlocalError
 from glocal.experiments.derive import derived
 from glocal.experiments.executors import default_workers, executor_named
@@ -32,8 +30,8 @@ from glocal.experiments.trainings import (
     uses_labels,
 )
 from glocal.files import read_json, write_json
-from glocal.finetuning.measure import measured_cases, predict_cases
-from glocal.inference import predictor
+from glocal.finetuning.measure import measured_cases
+from glocal.inference import predict
 from glocal.processes import cores
 from glocal.progress import console
 
@@ -111,19 +109,16 @@ def _whole_road(recipe: Recipe, workers: int | None) -> Path:
     write_json(out / "split.json", {"splits": [split.__dict__ for split in splits]})
     write_tables(out)
     last = finetuning[-1].folder
-    write_masks(store, last, out / "masks", recipe.protocol.tta, device_named(recipe.device))
+    predict_unlabelled(store, last, out / "masks", recipe.protocol.tta, recipe.device)
     return last
 
 
-def write_masks(store: Store, training: Path, folder: Path, tta: bool, device: torch.device) -> None:
-    """Masks of the unlabelled volumes by one training (the last contender's), native geometry; none is made twice."""
-    dataset = read_dataset(store.dataset)
-    cases = tuple(v.case for v in store.volumes if not v.labelled)
-    missing = tuple(case for case in cases if not (folder / f"{case}{dataset.file_ending}").exists())
-    if missing:
-        models = Models.load([training / "model.safetensors"])
-        network = predictor(models, models.variation(tta, passes=0, every_decoder=False), device)
-        predict_cases(network, store, dataset, missing, folder, device)
+def predict_unlabelled(store: Store, training: Path, folder: Path, tta: bool, device: str) -> None:
+    """Masks of the unlabelled volumes by one training, with maps of doubt and a page of those to look at first."""
+    unlabelled = {volume.case for volume in store.volumes if not volume.labelled}
+    inputs = [input_of(case.name, case.images) for case in read_dataset(store.dataset).cases if case.name in unlabelled]
+    if inputs:
+        predict(training / "model.safetensors", inputs, folder, device=device, tta=tta, uncertainty=True)
 
 
 def _on_this_machine(recipe: Recipe, workers: int, pretrainings: int, finetunings: int) -> dict[str, dict[str, Any]]:

@@ -13,13 +13,17 @@ from numpy.typing import NDArray
 from glocal import runs
 from glocal.data.dataset import Dataset, read_dataset
 from glocal.data.image import read_image, read_labels
+from glocal.data.inputs import mask_name
 from glocal.data.orientation import Undo
 from glocal.data.store import Store
 from glocal.errors import GlocalError
+from glocal.evaluation.cases import doubt
 from glocal.evaluation.evaluate import FOREGROUND, note_counts, pooled_dice, summary
 from glocal.evaluation.metrics import EMPTY_POLICY
 from glocal.files import read_json
 from glocal.finetuning.measure import predictions_folder
+from glocal.inference import PAGE
+from glocal.overview import CASES, read_cases
 from glocal.reporting.figures import class_boxes, learning_curves, overlay_row
 from glocal.reporting.html import Picture, Section, Table
 from glocal.reporting.rows import slice_rows
@@ -128,18 +132,23 @@ def _store_of(run: Path) -> Path | None:
 
 
 def masks(run: Path, store: Store) -> list[Section]:
-    """Some masks of the unlabelled volumes, for the eye."""
-    files = sorted(path for path in (run / "masks").glob("*") if not path.name.startswith("."))
-    if not files:
+    """Some masks of the unlabelled volumes, for the eye: those that need it first."""
+    folder = run / "masks"
+    if not (folder / CASES).exists():
         return []
-    dataset = read_dataset(store.dataset)
-    names = [path.name.removesuffix(dataset.file_ending) for path in files]
-    shown = names[:: max(1, len(names) // 4)][:4]
-    pictures = [Picture(name, _overlay(store, dataset, run / "masks", name), "png", wide=True) for name in shown]
-    made_by = runs.manifest_of(run)["masks_by"]
+    dataset, table = read_dataset(store.dataset), read_cases(folder)
+    flags = dict(zip(table["case"].astype(str), table["flags"].astype(str), strict=True))
+    pictures = [
+        Picture(
+            f"{case}: {flags[case]}" if flags[case] else case, _overlay(store, dataset, folder, case), "png", wide=True
+        )
+        for case in list(flags)[:4]
+    ]
     text = (
-        f"The masks of {count(names, 'unlabelled volume')} are in {run / 'masks'}, made by {made_by}, the last of all "
-        "fine-tunings; the figures above may be of others. Some of them:"
+        f"The masks of {count(list(flags), 'unlabelled volume')} are in {folder}, made by "
+        f"{runs.manifest_of(run)['masks_by']}, the last of all fine-tunings; the figures above may be of others. Those "
+        f"that need a human's eye come first in {CASES} there; {PAGE} shows them with maps of where the network is "
+        f"unsure. {doubt(table) or ''} The first:"
     )
     return [Section("Masks of the unlabelled volumes", text=text, pictures=pictures)]
 
@@ -160,7 +169,7 @@ def shown_slice(store: Store, dataset: Dataset, folders: Sequence[Path], name: s
     case = next(case for case in dataset.cases if case.name == name)
     undo = store.volumes[store.index_of(name)].undo
     image = undo.oriented(read_image(case.images[:1]).array)[:, 0]
-    files = [folder / f"{name}{dataset.file_ending}" for folder in folders]
+    files = [folder / mask_name(name, dataset.file_ending) for folder in folders]
     masks = [undo.oriented(read_labels(file).array)[:, 0] for file in files]
     truth = undo.oriented(read_labels(case.label).array)[:, 0] if case.label else None
     place = fullest_slice(masks[0] if truth is None else truth)

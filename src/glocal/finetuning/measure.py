@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from glocal import runs
 from glocal.data.dataset import Dataset, read_dataset
 from glocal.data.image import write_like
+from glocal.data.inputs import mask_name
 from glocal.data.prepare import restore
 from glocal.data.split import ProtocolOptions, Split
 from glocal.data.store import Store
@@ -189,4 +190,4 @@ def predict_cases(
     for case in cases:
         undo = store.volumes[store.index_of(case)].undo
         mask = restore(slice_probabilities(network, store.volume(case), device), undo)
-        write_like(folder / f"{case}{dataset.file_ending}", mask, images[case])
+        write_like(folder / mask_name(case, dataset.file_ending), mask, images[case])
