@@ -21,6 +21,7 @@ from glocal.data.check import check
 from glocal.data.dataset import write_dataset_json
 from glocal.data.findings import RULES, Finding
 from glocal.data.image import Geometry, write_volume
+from glocal.data.nifti import forms_of, write_forms
 
 GEOMETRY = Geometry((8, 9, 4), (1.5, 1.5, 8.0), (-10.1, 20.3, 700.7))
 OBLIQUE = (0.8, -0.6, 0.0, 0.6, 0.8, 0.0, 0.0, 0.0, 1.0)
@@ -88,6 +89,12 @@ def second_channel(root: Path) -> None:
     for case in "abc":
         place = replace(GEOMETRY, direction=OBLIQUE, origin=(0, 0, 0) if case == "a" else GEOMETRY.origin)
         image(root, case, geometry=place, channel=1)
+
+
+def two_places(path: Path) -> None:
+    forms = forms_of(path)
+    assert forms is not None
+    write_forms(path, replace(forms, codes=(1, 2), numbers=(*forms.numbers[:9], 55.0, *forms.numbers[10:])))
 
 
 def frames(root: Path) -> None:
@@ -175,6 +182,7 @@ DEFECTS: list[tuple[str, str | None, Callable[[Path], object]]] = [
     ),
     ("slice-axis-mixed", None, lambda root: image(root, "c", geometry=replace(GEOMETRY, spacing=(8.0, 1.5, 1.5)))),
     ("slice-axis-guessed", None, lambda root: image(root, "c", geometry=replace(GEOMETRY, spacing=(8.0, 1.5, 8.0)))),
+    ("two-places", "c", lambda root: two_places(root / "imagesTr/c_0000.nii.gz")),
     ("direction-unknown", "c", lambda root: image(root, "c", geometry=replace(GEOMETRY, direction_known=False))),
     ("direction", "a", sheared),
 ]

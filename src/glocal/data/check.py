@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from glocal.data import dataset as raw
 from glocal.data.findings import CheckReport, Finding, finding
 from glocal.data.image import FILE_ENDINGS, Geometry, file_ending, geometry_of, is_volume_file, read_file, same_grid
+from glocal.data.nifti import forms_of, is_nifti
 from glocal.errors import GlocalError
 from glocal.processes import cores
 from glocal.progress import track
@@ -27,6 +28,7 @@ K = TypeVar("K", bound=Hashable)
 TOLERANCE = 1e-3  # of direction cosines
 ROUNDING = 1e-5  # relative to the spacing; NIfTI rounds to single precision
 DISTINCT = 1.1  # slices lie along the axis whose spacing is this much larger than the others, as in preprocessing
+_FORMS_APART = 0.1  # voxels, as with two files
 TINY = 20  # voxels of foreground
 FLAT = 3  # a volume this much wider than high hardly has cubic voxels
 PLANES = dict(zip("LRPASI", ("sagittal", "sagittal", "coronal", "coronal", "axial", "axial"), strict=True))
@@ -169,6 +171,11 @@ def _open(path: Path, facts: _Facts) -> sitk.Image | None:
         return None
     if odd := _hidden_by_itk(path, image):
         facts.add("not-finite-read-as-0", f"{path.name} has {odd} voxel(s) that are NaN or infinite, and read as 0.")
+    forms = forms_of(path) if is_nifti(path) else None
+    if forms and (apart := forms.apart(image.GetSize())) > _FORMS_APART * min(abs(size) for size in forms.pixdim[1:]):
+        facts.add(
+            "two-places", f"qform and sform of {path.name} place voxels up to {apart:.3g} mm apart."
+        )
     return image
 
 

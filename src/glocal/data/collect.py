@@ -1,6 +1,5 @@
 """Make a raw dataset of any folder of NIfTI, MHA or NRRD files, or of DICOM series."""
 
-import gzip
 import os
 import re
 import shutil
@@ -26,7 +25,9 @@ from glocal.data.image import (
     require_target,
     without_label_suffix,
     write_image,
+    write_like,
 )
+from glocal.data.nifti import copy_without_text, is_nifti
 from glocal.errors import GlocalError
 from glocal.files import replacing, write_text
 from glocal.progress import track
@@ -331,24 +332,19 @@ def _job(source: _Source, case: str, folder: Path, mapping: Mapping[int, int]) -
 
 
 def _transfer(source: Path, target: Path, mapping: Mapping[int, int] | None = None) -> None:
-    """Copy a NIfTI byte for byte (its header survives), convert everything else; the voxels are read in any case."""
+    """Copy a NIfTI's header and voxels, convert everything else; free text may name the patient and stays behind."""
     image = read_file(source)
     if mapping:
         array = sitk.GetArrayFromImage(image)
         renumbered = np.zeros(array.shape, np.uint8 if len(mapping) < 256 else np.int32)
         for old, new in mapping.items():
             renumbered[array == old] = new
-        changed = sitk.GetImageFromArray(renumbered)
-        changed.CopyInformation(image)
-        write_image(target, changed)
-    elif file_ending(source).lower() == ".nii.gz":
+        write_like(target, renumbered, source)
+    elif is_nifti(source):
         with replacing(target) as temporary:
-            shutil.copyfile(source, temporary)
-    elif file_ending(source).lower() == ".nii":
-        with replacing(target) as temporary, open(source, "rb") as plain, gzip.open(temporary, "wb") as packed:
-            shutil.copyfileobj(plain, packed)
+            copy_without_text(source, temporary)
     else:
-        for key in image.GetMetaDataKeys():  # free text of other formats may name the patient
+        for key in image.GetMetaDataKeys():
             image.EraseMetaData(key)
         write_image(target, image)
 

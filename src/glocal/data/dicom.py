@@ -84,8 +84,17 @@ def read_dicom(folder: Path, series: str) -> sitk.Image:
             raise _no_volume(folder, files) from error
         raise GlocalError(f"The DICOM series in {folder} cannot be read: export it again.") from error
     # ITK would quietly squeeze any slices into an even grid, and every distance along z would be wrong or invented.
-    if not _one_stack(reader, len(files)):
+    axes, places = _numbers(reader, files, "0020|0037"), _numbers(reader, files, "0020|0032")
+    if not _one_stack(reader, axes, places):
         raise _no_volume(folder, files)
+    if axes is not None and places is not None and _shifted(axes[0], places):
+        raise GlocalError(
+            f"The slices of the DICOM series of {Path(files[0]).name} in {folder} are shifted against each other (CT "
+            "with a tilted gantry): resample it to a straight grid first, as dcm2niix does."
+        )
+    if len(files) > 1 and (axes is None or places is None):
+        for key in ("qform_code", "sform_code"):  # as a NIfTI says that it does not know
+            image.SetMetaData(key, "0")
     return image[:, :, :, 0] if image.GetSize()[3:] == (1,) else image  # one file with all slices as its frames
 
 
@@ -121,12 +130,13 @@ def _no_volume(folder: Path, files: tuple[str, ...]) -> GlocalError:
     )
 
 
-def _one_stack(reader: sitk.ImageSeriesReader, files: int) -> bool:
+def _one_stack(
+    reader: sitk.ImageSeriesReader, axes: NDArray[np.float64] | None, places: NDArray[np.float64] | None
+) -> bool:
     """Whether the slices are parallel and at even distances, as far as they say where they lie."""
-    axes, places = _numbers(reader, files, "0020|0037"), _numbers(reader, files, "0020|0032")
     if axes is not None and np.ptp(axes, axis=0).max() > 0.01:
         return False
-    if files == 1 or places is None:
+    if places is None or len(places) == 1:
         frames = reader.GetMetaData(0, "0028|0009") if reader.HasMetaDataKey(0, "0028|0009") else ""
         return "0018,106" not in frames  # the frames of one file follow each other in time
     steps = np.linalg.norm(np.diff(places, axis=0), axis=1)
@@ -134,11 +144,19 @@ def _one_stack(reader: sitk.ImageSeriesReader, files: int) -> bool:
     return bool(usual > 0.01 and np.all(np.abs(steps - usual) <= 0.05 * usual))
 
 
-def _numbers(reader: sitk.ImageSeriesReader, files: int, tag: str) -> NDArray[np.float64] | None:
+def _shifted(axes: NDArray[np.float64], places: NDArray[np.float64]) -> bool:
+    """Whether the way from slice to slice is not at right angles to them: such a grid no volume here can have."""
+    normal = np.cross(axes[:3], axes[3:])
+    steps = np.diff(places, axis=0)
+    sideways = steps - np.outer(steps @ normal, normal)
+    return bool(np.any(np.linalg.norm(sideways, axis=1) > 0.05 * np.linalg.norm(steps, axis=1)))
+
+
+def _numbers(reader: sitk.ImageSeriesReader, files: tuple[str, ...], tag: str) -> NDArray[np.float64] | None:
     """What every file says under a tag of several numbers, `(files, numbers)`; None where one does not say."""
-    if not all(reader.HasMetaDataKey(k, tag) for k in range(files)):
+    if not all(reader.HasMetaDataKey(k, tag) for k in range(len(files))):
         return None
     try:
-        return np.array([[float(value) for value in reader.GetMetaData(k, tag).split("\\")] for k in range(files)])
+        return np.array([[float(value) for value in reader.GetMetaData(k, tag).split("\\")] for k in range(len(files))])
     except ValueError:  # empty or malformed
         return None

@@ -22,6 +22,10 @@ RULES: dict[str, tuple[Severity, str]] = {
     "label-geometry": ("error", "Resample the label map, or copy the image's header if the voxels match."),
     "direction": ("error", "Resample to axes at right angles, or correct the header."),
     "direction-unknown": ("warning", "Look at it in a viewer: left, right, front and back are guesses."),
+    "two-places": (
+        "warning",
+        "Find out which is right and copy it over the other: programs differ in which of the two they go by.",
+    ),
     "not-finite": ("error", "Replace NaN and infinite voxels, for example by the value of air."),
     "not-finite-read-as-0": ("warning", "Replace these voxels yourself if 0 is not the background."),
     "constant": ("error", "Export the image again, or remove the case: it shows nothing."),

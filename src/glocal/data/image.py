@@ -1,14 +1,10 @@
 """Read and write volumes in any format SimpleITK knows, with their geometry; DICOM series too."""
 
 import errno
-import gzip
-import math
 import re
 import shutil
-import struct
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -18,6 +14,7 @@ from numpy.typing import NDArray
 
 from glocal.data.dicom import dicom_series, read_dicom
 from glocal.data.dicom import readable_name as readable_name
+from glocal.data.nifti import Forms, forms_of, is_complete, is_nifti, write_forms
 from glocal.errors import GlocalError
 from glocal.files import replacing
 
@@ -119,7 +116,7 @@ def read_file(path: Path) -> sitk.Image:
         path.open("rb").close()  # ITK does not tell a forbidden file from a corrupt one
     except PermissionError as error:
         raise GlocalError(f"You lack the permission to read {path}: ask its owner for it.") from error
-    nifti = path.name.lower().endswith((".nii", ".nii.gz"))
+    nifti = is_nifti(path)
     try:
         # Without a name for the format, ITK opens the file once for each that it knows.
         image = sitk.ReadImage(name, imageIO="NiftiImageIO" if nifti else "")
@@ -132,31 +129,15 @@ def read_file(path: Path) -> sitk.Image:
         raise _unreadable(path) from error
     if image.GetPixelID() in (sitk.sitkComplexFloat32, sitk.sitkComplexFloat64):
         raise GlocalError(f"{path} holds complex numbers: give their magnitude, as an image of its own.")
-    if nifti and not _nifti_complete(path, image):
-        raise _unreadable(path)
+    if nifti:
+        dims = [int(image.GetMetaData(f"dim[{k}]")) for k in range(1, int(image.GetMetaData("dim[0]")) + 1)]
+        if not is_complete(path, dims, int(float(image.GetMetaData("vox_offset"))), int(image.GetMetaData("bitpix"))):
+            raise _unreadable(path)
     return image
 
 
 def _unreadable(path: Path) -> GlocalError:
     return GlocalError(f"{path} cannot be read (truncated, corrupt or of unknown format): copy or export it again.")
-
-
-def _nifti_complete(path: Path, image: sitk.Image) -> bool:
-    """Whether the file holds all voxels its header announces: ITK fills what is missing with zeros and says nothing."""
-    dims = [int(image.GetMetaData(f"dim[{k}]")) for k in range(1, int(image.GetMetaData("dim[0]")) + 1)]
-    voxels = math.prod(max(1, size) for size in dims)
-    expected = int(float(image.GetMetaData("vox_offset"))) + voxels * int(image.GetMetaData("bitpix")) // 8
-    with open(path, "rb") as file:
-        if file.read(2) != b"\x1f\x8b":
-            return path.stat().st_size >= expected
-        file.seek(-4, 2)
-        if struct.unpack("<I", file.read(4))[0] == expected % 2**32:  # gzip's own note of its content's length
-            return True
-    try:  # several gzip members, or bytes behind the voxels: the long way
-        with gzip.open(path) as unpacked:
-            return sum(len(block) for block in iter(lambda: unpacked.read(1 << 20), b"")) >= expected
-    except (OSError, EOFError, zlib.error):
-        return False
 
 
 def geometry_of(image: sitk.Image) -> Geometry:
@@ -254,7 +235,9 @@ def _read_scalar(path: Path) -> sitk.Image:
 
 
 def write_like(path: Path, array: NDArray[np.generic], reference: Path) -> None:
-    """Write `array` `(z, y, x)` with the geometry and header fields of the file `reference`, atomically.
+    """Write `array` `(z, y, x)` with the geometry of the file `reference`, atomically.
+
+    Nothing else is taken over: what a header says besides may name the patient.
 
     Raises:
         GlocalError: the array has another size than the reference, the format of `path` cannot be written, or there
@@ -265,10 +248,10 @@ def write_like(path: Path, array: NDArray[np.generic], reference: Path) -> None:
     if image.GetSize() != source.GetSize():
         raise GlocalError(f"{path} would have size {image.GetSize()}, but {reference} has {source.GetSize()}.")
     image.CopyInformation(source)
-    if reference.is_file() and file_ending(path).lower() == file_ending(reference).lower():
-        for key in source.GetMetaDataKeys():
+    for key in _CODES:
+        if source.HasMetaDataKey(key):
             image.SetMetaData(key, source.GetMetaData(key))
-    write_image(path, image)
+    write_image(path, image, forms_of(reference) if reference.is_file() and is_nifti(reference) else None)
 
 
 def write_volume(path: Path, array: NDArray[np.generic], geometry: Geometry) -> None:
@@ -293,8 +276,8 @@ def _image_of(array: NDArray[np.generic]) -> sitk.Image:
     return sitk.GetImageFromArray(array.astype(wider.get(array.dtype.name, array.dtype.type), copy=False))
 
 
-def write_image(path: Path, image: sitk.Image) -> None:
-    """Write a SimpleITK image atomically and compressed.
+def write_image(path: Path, image: sitk.Image, forms: Forms | None = None) -> None:
+    """Write a SimpleITK image atomically and compressed; as NIfTI with the `forms` of another, if they are given.
 
     Raises:
         GlocalError: the format of `path` cannot be written or cannot hold the geometry, or there is no space.
@@ -313,19 +296,8 @@ def write_image(path: Path, image: sitk.Image) -> None:
             sitk.WriteImage(image, str(temporary), useCompression=True)
         except RuntimeError as error:
             raise GlocalError(f"Cannot write {path}: check the free space and the file's ending.") from error
-        if all(image.HasMetaDataKey(key) for key in _CODES):
-            _restore_codes(temporary, [int(image.GetMetaData(key)) for key in _CODES])
-
-
-def _restore_codes(path: Path, codes: Sequence[int]) -> None:
-    """Write the two codes into a NIfTI-1 file: ITK sets both to 1, even where the source said unknown."""
-    if not path.name.lower().endswith((".nii", ".nii.gz")):
-        return
-    unpack = gzip.open if path.name.lower().endswith(".gz") else open
-    with unpack(path, "rb") as file:
-        content = bytearray(file.read())
-    if struct.unpack_from("<i", content)[0] != 348 or struct.unpack_from("<2h", content, 252) == tuple(codes):
-        return
-    struct.pack_into("<2h", content, 252, *codes)
-    with unpack(path, "wb") as file:
-        file.write(content)
+        if is_nifti(path) and all(image.HasMetaDataKey(key) for key in _CODES):
+            codes = int(image.GetMetaData(_CODES[0])), int(image.GetMetaData(_CODES[1]))
+            forms = forms or forms_of(temporary)
+            assert forms is not None  # of a file just written
+            write_forms(temporary, replace(forms, codes=codes))
