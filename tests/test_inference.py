@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from glocal.data.image import Geometry, geometry_of, read_file, read_image, read
 from glocal.data.orientation import Undo
 from glocal.data.prepare import restore
 from glocal.data.store import Store
-from glocal.errors import GlocalError
+from glocal.errors import Busy, GlocalError
 from glocal.evaluation.metrics import dice
 from glocal.inference import folded, list_inputs, predict, slice_probabilities
 from glocal.model import load_network, read_header, save_model
 from glocal.networks.registry import build
 from glocal.networks.unet import UNet, UNetOptions
+from glocal.overview import read_cases
+from glocal.runs import held
 
 Array = NDArray[Any]
 
@@ -47,7 +50,7 @@ def touch(folder: Path, *names: str) -> Path:
 
 
 def names(folder: Path) -> list[str]:
-    beside = ("predictions.json", "cases.csv")
+    beside = (".lock", "predictions.json", "cases.csv")
     return sorted(path.name for path in folder.iterdir() if path.name not in beside)
 
 
@@ -330,6 +333,26 @@ def test_dicom_series_get_nifti_masks(
     assert alone.name == "first.nii.gz"
     assert alone.read_bytes() == masks[0].read_bytes()
     assert predict(finetuned, tmp_path / "in", tmp_path / "in" / "masks", device="cpu") == masks
+
+
+def test_what_is_odd_about_an_image_is_a_flag(image: tuple[Array, Geometry], finetuned: Path, tmp_path: Path) -> None:
+    array, geometry = image
+    write_volume(tmp_path / "in" / "known.nii.gz", array, geometry)
+    write_volume(tmp_path / "in" / "unknown.nii.gz", array, replace(geometry, direction_known=False))
+    predict(finetuned, tmp_path / "in", tmp_path / "out", device="cpu")
+    flags = read_cases(tmp_path / "out").set_index("case")["flags"]
+    assert "states no direction: the volume is taken as it lies in the file, perhaps mirrored" in flags["unknown"]
+    assert "direction" not in flags["known"]
+
+
+def test_two_predictions_into_one_folder_are_refused(
+    image: tuple[Array, Geometry], finetuned: Path, tmp_path: Path
+) -> None:
+    write_volume(tmp_path / "in" / "a.nii.gz", *image)
+    with held(tmp_path / "out"), pytest.raises(Busy, match="Another process is working in"):
+        predict(finetuned, tmp_path / "in", tmp_path / "out", device="cpu")
+    assert names(tmp_path / "out") == []
+    assert len(predict(finetuned, tmp_path / "in", tmp_path / "out", device="cpu")) == 1
 
 
 def test_the_folder_of_the_images_is_not_written_to(

@@ -23,6 +23,7 @@ from glocal.errors import GlocalError
 from glocal.files import digest, read_json, replacing, write_json
 from glocal.model import find_model
 from glocal.progress import track
+from glocal.runs import held
 from glocal.uncertainty import entropy
 
 VERSION = 1  # raised by hand when the same network gives other masks (see `runs.identity`)
@@ -120,8 +121,8 @@ def predict(
 
     Raises:
         GlocalError: no such model or images, models that do not fit together, nothing to vary, or `out` is the images'
-            folder or holds masks of something else, or masks that were changed and lack a map; and when all others are
-            done, an image that cannot be used.
+            folder, holds masks of something else, or masks that were changed and lack a map, or another process
+            writes there; and when all others are done, an image that cannot be used.
     """
     models = Models.load([find_model(path) for path in (model, *others)])
     if isinstance(images, Path) and out.resolve() == (images if images.is_dir() else images.parent).resolve():
@@ -131,35 +132,35 @@ def predict(
     network = predictor(models, vary, where)
     plan, maps = models.headers[0].plan, Maps(probabilities, uncertainty, models.temperature)
     inputs = list_inputs(images, plan.channels) if isinstance(images, Path) else list(images)
-    record = _record(out, models, vary.options, inputs, overwrite)
-    writing = record.pop("writing", None)
-    if not overwrite:
-        _refuse_changes(out, record["cases"], inputs, maps, writing)
-    record |= {
-        "summary": vary.sentence(uncertainty),
-        "calibration": models.sentence(vary.several or "decoders" in vary.options),
-        "temperature": maps.temperature,
-    }
-    record["papers"] = models.papers
-    write_json(out / "predictions.json", record)
-    unusable: dict[str, GlocalError] = {}
-    for case in track(inputs, "Predicting", len(inputs)):
-        there = [name for name in record["cases"].get(case.name, {}).get("files", []) if (out / name).exists()]
-        if not overwrite and set(maps.files(case)) <= set(there):
-            continue
-        try:
-            volume, prepared = _prepared(case, plan)
-        except GlocalError as error:  # hundreds of others need not wait for this one to be mended
-            unusable[case.name] = error
-            continue
-        # Said before it is written: what a stopped prediction leaves is told from a mask of somebody else.
-        write_json(out / "predictions.json", record | {"writing": case.target})
-        record["cases"][case.name] = _predict_case(
-            network, plan, case, volume, prepared, out / case.target, maps, where
-        )
-    write_json(out / "predictions.json", record)
-    if record["cases"]:
-        _write_overview(out, record, plan, uncertainty)
+    with held(out):
+        record = _record(out, models, vary.options, inputs, overwrite)
+        writing = record.pop("writing", None)
+        if not overwrite:
+            _refuse_changes(out, record["cases"], inputs, maps, writing)
+        record |= {
+            "summary": vary.sentence(uncertainty),
+            "calibration": models.sentence(vary.several or "decoders" in vary.options),
+            "temperature": maps.temperature,
+            "papers": models.papers,
+        }
+        write_json(out / "predictions.json", record)
+        unusable: dict[str, GlocalError] = {}
+        for case in track(inputs, "Predicting", len(inputs)):
+            there = [name for name in record["cases"].get(case.name, {}).get("files", []) if (out / name).exists()]
+            if not overwrite and set(maps.files(case)) <= set(there):
+                continue
+            try:
+                volume, prepared = _prepared(case, plan)
+            except GlocalError as error:  # hundreds of others need not wait for this one to be mended
+                unusable[case.name] = error
+                continue
+            # Said before it is written: what a stopped prediction leaves is told from a mask of somebody else.
+            write_json(out / "predictions.json", record | {"writing": case.target})
+            made = _predict_case(network, plan, case, volume, prepared, out / case.target, maps, where)
+            record["cases"][case.name] = made
+        write_json(out / "predictions.json", record)
+        if record["cases"]:
+            _write_overview(out, record, plan, uncertainty)
     if unusable:
         first, *rest = unusable
         more = f" The same holds for {some(rest)}, each for a reason of its own." if rest else ""
@@ -291,6 +292,7 @@ def _predict_case(
         "map": case.uncertainty if maps.uncertainty else None,
         "undo": undo.as_dict(),
         "spacing": spacing,
+        "warnings": list(prepared.warnings),
         **case_measures(undo.oriented(mask[None])[:, 0], doubts, plan.labels, spacing),
     }
 

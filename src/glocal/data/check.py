@@ -173,9 +173,7 @@ def _open(path: Path, facts: _Facts) -> sitk.Image | None:
         facts.add("not-finite-read-as-0", f"{path.name} has {odd} voxel(s) that are NaN or infinite, and read as 0.")
     forms = forms_of(path) if is_nifti(path) else None
     if forms and (apart := forms.apart(image.GetSize())) > _FORMS_APART * min(abs(size) for size in forms.pixdim[1:]):
-        facts.add(
-            "two-places", f"qform and sform of {path.name} place voxels up to {apart:.3g} mm apart."
-        )
+        facts.add("two-places", f"qform and sform of {path.name} place voxels up to {apart:.3g} mm apart.")
     return image
 
 

@@ -1,7 +1,7 @@
 """Cases that nobody has outlined: how large their structures are, and which of them a person should look at first."""
 
-from collections.abc import Mapping
-from typing import Any, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,8 @@ ORDER = (
     "Cases that need a human's eye come first: those with the most flags, and among equals the more uncertain ones. "
     "A case is flagged as unsure if its uncertainty is more than half of the largest possible, else as more uncertain "
     "than the others if it lies above their median by more than three (robust) standard deviations; a structure as "
-    "much smaller or larger than usual if its volume differs from the median of the cases by a factor of five."
+    "much smaller or larger than usual if its volume differs from the median of the cases by a factor of five. "
+    "What is odd about an image is a flag, too."
 )
 UNSURE = "unsure almost everywhere"
 _HALF = 0.5  # of the largest possible uncertainty, near the structures: hardly a border is drawn with conviction
@@ -28,6 +29,7 @@ class Measures(TypedDict):
     volume: dict[str, float | None]  # ml; None where the voxel size is not known
     pieces: dict[str, int]
     uncertainty: float | None
+    warnings: NotRequired[Sequence[str]]  # what was odd about the image
 
 
 def case_measures(
@@ -73,7 +75,8 @@ def cases_table(cases: Mapping[str, Measures]) -> pd.DataFrame:
     typical = volumes[volumes > 0].median(axis=1)  # of where there is any
     rows: list[tuple[tuple[float, ...], dict[str, Any]]] = []
     for name, measures in cases.items():
-        flags = [f"{structure} is empty" for structure, count in measures["pieces"].items() if not count]
+        flags = [text.rstrip(".") for text in measures.get("warnings", ())]
+        flags += [f"{structure} is empty" for structure, count in measures["pieces"].items() if not count]
         flags += [
             f"{structure} is in {count} pieces"
             for structure, count in measures["pieces"].items()

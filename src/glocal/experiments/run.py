@@ -31,7 +31,7 @@ from glocal.experiments.trainings import (
 )
 from glocal.files import read_json, write_json
 from glocal.finetuning.measure import measured_cases
-from glocal.inference import predict
+from glocal.inference import PAGE, predict
 from glocal.processes import cores
 from glocal.progress import console
 
@@ -117,7 +117,8 @@ def predict_unlabelled(store: Store, training: Path, folder: Path, tta: bool, de
     """Masks of the unlabelled volumes by one training, with maps of doubt and a page of those to look at first."""
     unlabelled = {volume.case for volume in store.volumes if not volume.labelled}
     inputs = [input_of(case.name, case.images) for case in read_dataset(store.dataset).cases if case.name in unlabelled]
-    if inputs:
+    wanted = [folder / PAGE, *(folder / case.target for case in inputs)]  # the page is written last
+    if inputs and not all(path.exists() for path in wanted):
         predict(training / "model.safetensors", inputs, folder, device=device, tta=tta, uncertainty=True)
 
 
