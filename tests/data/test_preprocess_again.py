@@ -11,7 +11,9 @@ import torch
 from glocal.data import preprocess as module
 from glocal.data.image import Geometry, write_volume
 from glocal.data.preprocess import PreprocessOptions, prepare
+from glocal.errors import Busy
 from glocal.files import digest, write_json
+from glocal.runs import held
 
 LABELS = {"background": 0, "disc": 1, "ring": 2}
 
@@ -123,3 +125,15 @@ def test_changed_voxels_are_noticed_where_the_header_is_a_file_of_its_own(raw, m
     changed = Started(raw, monkeypatch)
     assert len(changed.prepared) == 1
     assert changed.store.digest() != first.store.digest()
+
+
+def test_a_store_that_another_process_makes_is_left_alone(raw):
+    store = raw.parent / "store"
+    module.preprocess(raw, store, PreprocessOptions(size=(8, 8)))
+    half = store / "images" / ".0123abcd.a.npy"  # which it is writing
+    half.write_bytes(b"half")
+    with held(raw.parent / ".store"), pytest.raises(Busy, match="Another process is working in"):
+        module.preprocess(raw, store, PreprocessOptions(size=(8, 8)))
+    assert half.exists()
+    module.preprocess(raw, store, PreprocessOptions(size=(8, 8)))
+    assert not half.exists()  # nobody's

@@ -4,15 +4,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from strategy_checks import LABELLED, SPLIT, UNLABELLED, SemiSupervisedChecks
 from torch import Tensor
 
 from glocal.data.image import read_image, read_labels
+from glocal.data.plan import PreprocessOptions
+from glocal.data.preprocess import preprocess
 from glocal.data.store import Store
 from glocal.ensemble import Ensemble
 from glocal.errors import GlocalError
 from glocal.experiments import estimate
+from glocal.experiments.report import report
+from glocal.files import read_json, write_json
 from glocal.finetuning.finetune import finetune
 from glocal.finetuning.pseudo_labels import IGNORED, least_kept
 from glocal.finetuning.registry import finetuning_options
@@ -343,6 +348,25 @@ def test_a_run_leaves_masks_and_examples(store: Store, cheap: dict[str, Any], ra
         mask = read_labels(path)
         assert mask.geometry == read_image([raw / "imagesTr" / path.name.replace(".nii", "_0000.nii")]).geometry
         assert mask.array[0].tolist() == rows.tolist()
+
+
+def test_a_dataset_whose_images_are_two_files_each(
+    raw: Path, preprocessing: PreprocessOptions, cheap: dict[str, Any], tmp_path: Path
+) -> None:
+    """A mask is one file: of `.mhd` images it is written as `.mha`."""
+    for path in (*raw.glob("imagesTr/*"), *raw.glob("labelsTr/*")):
+        target = tmp_path / "raw" / path.relative_to(raw)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sitk.WriteImage(sitk.ReadImage(str(path)), str(target).replace(".nii.gz", ".mhd"))
+    write_json(tmp_path / "raw" / "dataset.json", read_json(raw / "dataset.json") | {"file_ending": ".mhd"})
+    write_json(tmp_path / "raw" / "split.json", read_json(raw / "split.json"))
+    store = preprocess(tmp_path / "raw", tmp_path / "store", preprocessing, workers=1)
+    settings = {"strategy": "self-training", "labels": 1, "max_iterations": 4, "batch": 2, "unlabelled_batch": 2}
+    run = tmp_path / "run"
+    finetune(store, run, {**cheap, **settings})
+    for folder in ("predictions", "pseudo-labels/*"):
+        assert {path.suffix for path in run.glob(f"{folder}/case*")} == {".mha"}
+    assert "case5" in report(run).read_text(encoding="utf-8")
 
 
 def test_masks_may_be_left_out_or_have_lost_their_images(make: Any, store: Store, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from glocal.errors import GlocalError
 from glocal.files import digest, read_json, replacing, stamp, write_json
 from glocal.processes import cores
 from glocal.progress import track
+from glocal.runs import held
 
 __all__ = [
     "Plan",
@@ -62,31 +63,33 @@ def preprocess(
 
     Raises:
         GlocalError: the store was begun otherwise, a case cannot be prepared (named), or the disk is full.
+        Busy: another process is making this store.
     """
     dataset = read_dataset(dataset) if isinstance(dataset, Path) else dataset
     store = store.resolve()
-    plan = _begin(dataset, store, options)
-    records = {case.name: record for case in dataset.cases if (record := _untouched(case, store, plan))}
-    cases = [case for case in dataset.cases if case.name not in records]
-    task = partial(_prepare_case, root=dataset.root, store=store, plan=plan)
-    workers = min(workers or cores(), len(cases))
-    if executor is None and workers <= 1:
-        done = [task(case) for case in track(cases, "Preprocessing", len(cases))]
-    else:
-        done = _in_parallel(task, cases, nullcontext(executor) if executor else _pool(workers))
-    records |= {record["name"]: record for record in done}
-    manifest = {
-        "glocal": __version__,
-        "name": dataset.name,
-        "dataset": str(dataset.root.resolve()),
-        "channels": dataset.channels,
-        "labels": dataset.labels,
-        "split": dataset.split,
-        "plan": plan.model_dump(mode="json"),
-    }
-    # Without the stamps: the store's digest is made of the index, and a file that was only touched is the same data.
-    indexed = [{key: v for key, v in records[case.name].items() if key != "stamps"} for case in dataset.cases]
-    write_json(store / "index.json", {"manifest": manifest, "cases": indexed})
+    with held(store.parent / f".{store.name}"):  # beside it: a store must begin empty
+        plan = _begin(dataset, store, options)
+        records = {case.name: record for case in dataset.cases if (record := _untouched(case, store, plan))}
+        cases = [case for case in dataset.cases if case.name not in records]
+        task = partial(_prepare_case, root=dataset.root, store=store, plan=plan)
+        workers = min(workers or cores(), len(cases))
+        if executor is None and workers <= 1:
+            done = [task(case) for case in track(cases, "Preprocessing", len(cases))]
+        else:
+            done = _in_parallel(task, cases, nullcontext(executor) if executor else _pool(workers))
+        records |= {record["name"]: record for record in done}
+        manifest = {
+            "glocal": __version__,
+            "name": dataset.name,
+            "dataset": str(dataset.root.resolve()),
+            "channels": dataset.channels,
+            "labels": dataset.labels,
+            "split": dataset.split,
+            "plan": plan.model_dump(mode="json"),
+        }
+        # Without the stamps: the digest is made of the index, and a file that was only touched is the same data.
+        indexed = [{key: v for key, v in records[case.name].items() if key != "stamps"} for case in dataset.cases]
+        write_json(store / "index.json", {"manifest": manifest, "cases": indexed})
     return Store.open(store)
 
 

@@ -96,8 +96,7 @@ def _stores(design: Experiment) -> dict[Path, Store]:
     for folder, recipe in recipes.items():
         while folder not in stores:
             try:
-                with runs.held(design.out / f".{folder.name}"):  # beside it: a store must begin empty
-                    stores[folder] = preprocess(recipe.data, folder, recipe.preprocess)
+                stores[folder] = preprocess(recipe.data, folder, recipe.preprocess)
             except Busy:
                 time.sleep(WAIT_SECONDS)
     return stores

@@ -11,6 +11,7 @@ from torch.nn.functional import one_hot
 
 from glocal.data.dataset import read_dataset
 from glocal.data.image import write_like
+from glocal.data.inputs import mask_name
 from glocal.data.prepare import restore
 from glocal.data.sampling import Pool, Slices
 from glocal.errors import GlocalError
@@ -87,7 +88,7 @@ class PseudoLabels:
             if case in images:
                 mask = restore(self._one_hot(labels[(self.slices.volume == volume).numpy()]), undo)
                 mask[mask == self.classes] = IGNORED
-                write_like(self.path(number).with_name(f"{case}{dataset.file_ending}"), mask, images[case])
+                write_like(self.path(number).with_name(mask_name(case, dataset.file_ending)), mask, images[case])
 
     def _predictions(self, network: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         """The largest probability and its class, `(m, H, W)` each, of all slices in their order."""
