@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -48,6 +49,27 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # absent after success; where its folder cannot be, neither can it
             temporary.unlink()
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """Yield a new folder beside `folder`, which may be there if it is empty; on success it is renamed, else removed.
+
+    Raises:
+        GlocalError: a file or folder of the way cannot be written or read.
+    """
+    target = folder.resolve()
+    temporary = target.parent / f".{uuid.uuid4().hex[:8]}.{target.name}"
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if target.is_dir():
+            target.rmdir()
+        os.replace(temporary, target)
+    except PermissionError as error:
+        raise GlocalError(f"Cannot write {folder}, or cannot read a source: {error}.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def explained(error: Exception, path: Path | None = None) -> str | None:

@@ -188,13 +188,14 @@ main()
 """
 
 
-def test_ctrl_c_waits_for_no_volume(raw: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])  # SIGTERM is what a cluster says when time is up
+def test_ctrl_c_waits_for_no_volume(raw: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Nor does it leave anything half-written: what is being worked on is not there."""
     command = [sys.executable, "-c", SLOW, str(raw), str(tmp_path / "store")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     try:
         _, said = process.communicate(timeout=100)  # of the 300 seconds that each volume would take
     finally:

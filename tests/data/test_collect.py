@@ -45,7 +45,9 @@ def label(path: Path, *values: int) -> np.ndarray:
 
 
 @same_locale()
-def dicom(folder: Path, uid: str, patient: str, name: str, slices: int = 4) -> None:
+def dicom(
+    folder: Path, uid: str, patient: str, name: str, slices: int = 4, birth: str = "", kind: str | None = None
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
@@ -55,11 +57,12 @@ def dicom(folder: Path, uid: str, patient: str, name: str, slices: int = 4) -> N
             "0008|0018": f"{uid}.9.{number}",
             "0010|0010": name,
             "0010|0020": patient,
+            "0010|0030": birth,
             "0020|000d": f"{uid}.1",
             "0020|000e": uid,
             "0020|0032": f"0\\0\\{5 * number}",
             "0020|0037": "1\\0\\0\\0\\1\\0",
-        }
+        } | ({"0008|0016": kind} if kind else {})
         for tag, value in tags.items():
             image.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"{uid}_{number}.dcm"))
@@ -240,6 +243,69 @@ def test_free_text_of_a_nifti_stays_behind(tmp_path: Path, images: Path) -> None
         assert read_image(case.images).geometry == read_image([images / "a.nii"]).geometry
         written = case.images[0].read_bytes()
         assert b"doe" not in (written + gzip.decompress(written)).lower()
+
+
+def test_names_of_another_alphabet_and_dates_of_birth_stay_behind(tmp_path: Path, images: Path) -> None:
+    dicom(images / "Müller_Li_19600102", "1.2.3", "4711", "Mxller^Li", birth="19600102")
+    dicom(images / "MU\u0308LLER Liver 02.01.1960", "1.2.4", "4711", "Mxller^Li", birth="19600102")
+    for path in images.rglob("*.dcm"):
+        path.write_bytes(path.read_bytes().replace(b"Mxller", b"M\xfcller"))  # as most scanners write it: Latin-1
+    collect(images, tmp_path / "out")
+    dataset = read_dataset(tmp_path / "out")
+    assert sorted(case.name for case in dataset.cases) == ["S001_Liver_S001", "S001_S001_S001"]
+
+
+def test_subjects_are_found_in_paths(tmp_path: Path, images: Path) -> None:
+    for name in ("patient01/frame01.mha", "patient01/frame12.mha", "patient02/frame01.mha"):
+        volume(images / name)
+    dicom(images / "series", "1.2.3", "4711", "A")
+    (images / "series").rename(images / "patient02" / "series")
+    made = collect(images, tmp_path / "out", subject="patient[0-9]+")
+    assert made.subjects == 3
+    assert {case.name: case.subject for case in read_dataset(tmp_path / "out").cases} == {
+        "patient01_frame01": "patient01",
+        "patient01_frame12": "patient01",
+        "patient02_frame01": "patient02",
+        "patient02_series": "S001",  # its patient's ID says more than a path
+    }
+    assert not any("guess" in note for note in made.notes)
+    assert collect(images, tmp_path / "groups", subject="^patient([0-9]+)/").subjects == 3
+    assert {case.subject for case in read_dataset(tmp_path / "groups").cases} == {"01", "02", "S001"}
+    with pytest.raises(GlocalError, match=r"finds no subject in patient01/frame01, patient02/frame01: correct --subj"):
+        collect(images, tmp_path / "no", subject="frame12|series")
+    with pytest.raises(GlocalError, match=r"'\(' is no regular expression"):
+        collect(images, tmp_path / "no", subject="(")
+    assert not (tmp_path / "no").exists()
+
+
+def test_files_that_are_no_volume_are_named_all_at_once_or_excluded(tmp_path: Path, images: Path) -> None:
+    for case in ("p1/a", "p2/b"):
+        volume(images / f"{case}.nii.gz")
+        still = sitk.ReadImage(str(images / f"{case}.nii.gz"))
+        sitk.WriteImage(sitk.JoinSeries([still, still]), str(images / f"{case}_4d.nii.gz"))
+    dicom(images / "p2" / "scout", "1.2.3", "7", "A")
+    with pytest.raises(GlocalError, match=r"Not three-dimensional: .*a_4d\.nii\.gz, .*b_4d\.nii\.gz\. Split"):
+        collect(images, tmp_path / "out")
+    assert traces(tmp_path) == ["in"]
+    assert collect(images, tmp_path / "out", exclude=["*_4d*"]).cases == 3
+    assert collect(images, tmp_path / "fewer", exclude=["*_4d*", "*/scout"]).cases == 2
+    with pytest.raises(GlocalError, match="holds no NIfTI"):
+        collect(images, tmp_path / "none", exclude=["p?"])
+
+
+def test_a_dicom_segmentation_is_no_image(tmp_path: Path, images: Path) -> None:
+    dicom(images / "both", "1.2.3", "7", "A")
+    dicom(images / "both", "1.2.4", "7", "A", slices=1, kind="1.2.840.10008.5.1.4.1.1.66.4")
+    made = collect(images, tmp_path / "out")
+    assert made.cases == 1
+    assert "segmentations, ...) were left out" in made.notes[-1]
+    assert "1.2.4_0.dcm" in made.notes[-1]
+
+
+def test_what_a_slicer_saves_is_matched(tmp_path: Path, images: Path) -> None:
+    volume(images / "a.nii.gz")
+    label(images / "a.seg.nrrd", 1)
+    assert collect(images, tmp_path / "out", images).labelled == 1
 
 
 def test_a_bad_source_is_named_and_leaves_nothing(tmp_path: Path, images: Path) -> None:

@@ -1,6 +1,7 @@
 """The command line: one small file per command, no logic, heavy imports only inside the commands."""
 
 import os
+import signal
 import sys
 import threading
 from typing import Annotated, NoReturn
@@ -72,6 +73,8 @@ def main() -> None:
     from glocal.files import explained
 
     _say_it_once()
+    if "RANK" not in os.environ:  # torchrun ends its processes in its own way
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster whose time is up: as Ctrl-C
     try:
         app()
     except GlocalError as error:

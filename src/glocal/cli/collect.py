@@ -15,6 +15,18 @@ def collect(
         typer.Option(help="Folder with label maps named like the images, with or without _gt, _seg, _label, _mask."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the dataset; the folder's name if not given.")] = None,
+    subject: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX",
+            help="How the subject (person) is found in a volume's path: 'patient[0-9]+', or '^([^/]+)/' for the name "
+            "of the first folder. DICOM patient IDs count without.",
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Leave out what lies at such a path: '*_4d*'; may be repeated."),
+    ] = None,
 ) -> None:
     """Make a dataset (nnU-Net v2 layout) of a folder of volumes, with label maps for some or all of them."""
     from rich.console import Console
@@ -22,7 +34,7 @@ def collect(
 
     from glocal.data.collect import collect as run
 
-    made = run(images, dataset, labels, name)
+    made = run(images, dataset, labels, name, subject, exclude or ())
     console = Console(soft_wrap=True)
     console.print(
         f"[bold]{escape(made.name)}[/]: {made.cases} cases ({made.labelled} labelled) of {made.subjects} subjects, "

@@ -2,13 +2,11 @@
 
 import os
 import re
-import shutil
-import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,9 @@ import numpy as np
 import SimpleITK as sitk
 
 from glocal.data.dataset import some, write_dataset_json
-from glocal.data.dicom import dicom_files, dicom_series, holds_no_image, patient_of, read_dicom
+from glocal.data.dicom import Patient, dicom_files, dicom_series, holds_no_image, patient_of, read_dicom
 from glocal.data.image import (
+    dimensions,
     file_ending,
     is_volume_file,
     read_file,
@@ -28,8 +27,9 @@ from glocal.data.image import (
     write_like,
 )
 from glocal.data.nifti import copy_without_text, is_nifti
+from glocal.data.pseudonyms import case_names, subjects_of
 from glocal.errors import GlocalError
-from glocal.files import replacing, write_text
+from glocal.files import appearing, replacing, write_text
 from glocal.progress import track
 
 CHANNEL = re.compile(r"(.+)_(\d{4})")
@@ -58,33 +58,52 @@ class _Source:
     files: tuple[Path, ...] = ()
     series: str | None = None
     folder: Path | None = None
-    patient: tuple[str, str] = ("", "")  # DICOM ID and name: to group and to hide, never to be written
+    patient: Patient = field(default_factory=Patient)
     label: Path | None = None
 
 
-def collect(images: Path, dataset: Path, labels: Path | None = None, name: str | None = None) -> Collected:
+def collect(
+    images: Path,
+    dataset: Path,
+    labels: Path | None = None,
+    name: str | None = None,
+    subject: str | None = None,
+    exclude: Sequence[str] = (),
+) -> Collected:
     """Collect volumes, and label maps of the same names, into a new raw dataset; the sources are only read.
 
     A label map belongs to the image of its name, with or without `_gt`, `_seg`, `_label` or `_mask` behind it. Label
     values that are not 1, 2, 3, ... are renumbered, and dataset.json says how. The dataset appears whole or not at all.
 
+    Args:
+        images: folder with the volumes.
+        dataset: folder to make.
+        labels: folder with the label maps.
+        name: of the dataset; the folder's name if not given.
+        subject: a regular expression that finds the subject in the path of a volume that is not DICOM with a patient's
+            ID; its first group, if it has one, else all that it finds. Not given: each such volume is a subject.
+        exclude: patterns such as `*_4d*`; what lies in `images` at a path that fits one is left out.
+
     Raises:
-        GlocalError: nothing to collect, an unreadable file, a label map without image, channels that do not match, or
-            a dataset folder that holds something already or lies within the sources.
+        GlocalError: nothing to collect, an unreadable file, one that is not three-dimensional, a label map without
+            image, channels that do not match, a path without subject, or a dataset folder that holds something already
+            or lies within the sources.
     """
     _refuse_folders(images, dataset, labels)
     label_files = _label_files(images, labels)
-    dicom_cases, left_out = _dicom_cases(images)
-    sources = [*_file_cases(images, _image_files(images, label_files)), *dicom_cases]
+    dicom_cases, left_out = _dicom_cases(images, exclude)
+    sources = [*_file_cases(images, _image_files(images, label_files, exclude)), *dicom_cases]
     if not sources:
         raise GlocalError(f"{images} holds no NIfTI, MHA or NRRD file and no DICOM series: choose another folder.")
+    _refuse_other_dimensions(sources)
     sources = _match(sorted(sources, key=lambda source: source.key), label_files, labels or images)
     values = _label_values([source.label for source in sources if source.label])
     renumbered = (
         {old: new for new, old in enumerate(values, start=1)} if values != list(range(1, len(values) + 1)) else {}
     )
-    known = _subjects(sources)
-    cases = _case_names(sources, known)
+    keys, patients = [source.key for source in sources], [source.patient for source in sources]
+    known = subjects_of(keys, patients, subject)
+    cases = case_names(keys, patients, known)
     collected = Collected(
         dataset=dataset,
         name=name or dataset.resolve().name,
@@ -94,9 +113,9 @@ def collect(images: Path, dataset: Path, labels: Path | None = None, name: str |
         channels=_channel_count(sources),
         labels={f"label_{number}": number for number in range(1, len(values) + 1)},
         mapping=renumbered or None,
-        notes=_notes(known, renumbered, left_out),
+        notes=_notes(known, subject, renumbered, left_out),
     )
-    with _appearing(dataset) as folder:
+    with appearing(dataset) as folder:
         jobs = [_job(source, case, folder, renumbered) for source, case in zip(sources, cases, strict=True)]
         _run(jobs, "Collecting")
         lines = [f"{case}\t{subject or case}\n" for case, subject in zip(cases, known, strict=True)]
@@ -124,23 +143,6 @@ def _refuse_folders(images: Path, dataset: Path, labels: Path | None) -> None:
         raise GlocalError(f"{dataset} exists and is not empty: choose a new folder for the dataset.")
 
 
-@contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """Build beside the target and rename at the end: the folder appears whole or not at all."""
-    target = folder.resolve()
-    temporary = target.parent / f".{uuid.uuid4().hex[:8]}.{target.name}"
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if target.is_dir():
-            target.rmdir()
-        os.replace(temporary, target)
-    except PermissionError as error:
-        raise GlocalError(f"Cannot write {folder}, or cannot read a source: {error}.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 # ---- what is there ----
 
 
@@ -154,6 +156,12 @@ def _volumes(folder: Path) -> list[Path]:
 
 def _visible(path: Path, root: Path) -> bool:
     return not any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _excluded(path: Path, patterns: Sequence[str]) -> bool:
+    """Whether a pattern fits a path below the images, or that of a folder it lies in."""
+    places = [place.as_posix() for place in (path, *path.parents)]
+    return any(fnmatch(place, pattern) for place in places[:-1] for pattern in patterns)  # the last is the root
 
 
 def _stem(path: Path) -> str:
@@ -171,9 +179,10 @@ def _label_files(images: Path, labels: Path | None) -> list[Path]:
     return files
 
 
-def _image_files(images: Path, label_files: Sequence[Path]) -> list[Path]:
+def _image_files(images: Path, label_files: Sequence[Path], exclude: Sequence[str]) -> list[Path]:
     taken = {path.resolve() for path in label_files}
     files = [path for path in _volumes(images) if path.resolve() not in taken]
+    files = [path for path in files if not _excluded(path.relative_to(images), exclude)]
     stems = {path.parent / _stem(path) for path in files}
     for path in files:
         bare = without_label_suffix(_stem(path))
@@ -196,10 +205,12 @@ def _file_cases(images: Path, files: Sequence[Path]) -> list[_Source]:
     return [_Source(key, tuple(sorted(paths))) for key, paths in groups.items()]
 
 
-def _dicom_cases(images: Path) -> tuple[list[_Source], list[str]]:
-    """The DICOM series, and the DICOM files that are left out because they hold no image."""
+def _dicom_cases(images: Path, exclude: Sequence[str]) -> tuple[list[_Source], list[str]]:
+    """The DICOM series, and the DICOM files that are left out because they hold no image, or a segmentation."""
     folders = [images, *sorted(path for path in images.rglob("*") if path.is_dir() and _visible(path, images))]
-    sources, left_out = [], []
+    folders = [folder for folder in folders if not _excluded(folder.relative_to(images), exclude)]
+    sources: list[_Source] = []
+    left_out: list[str] = []
     for folder in folders:
         # GDCM opens every file to ask what it is: spare it folders that hold nothing but volumes.
         files = {str(p) for p in folder.iterdir() if p.is_file() and not is_volume_file(p) and p.name[0] != "."}
@@ -210,13 +221,27 @@ def _dicom_cases(images: Path) -> tuple[list[_Source], list[str]]:
             members = dicom_files(folder, identifier)
             known.update(members)
             own = key.with_name(f"{key.name}_{number}") if len(series) > 1 else key
-            sources.append(_Source(own, series=identifier, folder=folder, patient=patient_of(members[0])))
+            patient = patient_of(members[0])
+            if patient is None:
+                left_out += members
+            else:
+                sources.append(_Source(own, series=identifier, folder=folder, patient=patient))
         lost = sorted(path for path in files - known if path.lower().endswith((".dcm", ".ima")))
         for path in lost:
             if not holds_no_image(Path(path)):
                 raise GlocalError(f"{path} cannot be read as DICOM (truncated or corrupt): export its series again.")
         left_out += lost
     return sources, left_out
+
+
+def _refuse_other_dimensions(sources: Sequence[_Source]) -> None:
+    """Refuse before anything is copied what is no volume, all at once; of a file only the header is read."""
+    odd = [str(path) for source in sources for path in source.files if dimensions(path) not in (3, None)]
+    if odd:
+        raise GlocalError(
+            f"Not three-dimensional: {some(odd)}. Split such files into one per frame or channel, or leave them out "
+            "with --exclude."
+        )
 
 
 def _channel_count(sources: Sequence[_Source]) -> int:
@@ -274,44 +299,26 @@ def _label_values(paths: Sequence[Path]) -> list[int]:
     return sorted(found - {0})
 
 
-# ---- names ----
-
-
-def _subjects(sources: Sequence[_Source]) -> list[str | None]:
-    """A number for every DICOM patient, None where nothing is known; a number cannot be turned back, a hash can."""
-    patients = sorted({source.patient[0] for source in sources} - {""})
-    numbers = {patient: f"S{number:03d}" for number, patient in enumerate(patients, start=1)}
-    return [numbers.get(source.patient[0]) for source in sources]
-
-
-def _case_names(sources: Sequence[_Source], subjects: Sequence[str | None]) -> list[str]:
-    """Unique names of plain letters, digits, `_` and `-`: the file's name, or its path where names are not unique."""
-    short = [source.key.name for source in sources]
-    unique = len({name.lower() for name in short}) == len(short)
-    names: list[str] = []
-    for source, subject in zip(sources, subjects, strict=True):
-        name = source.key.name if unique else "_".join(source.key.parts)
-        for secret in (source.patient[0], *re.split(r"[\^ ]+", source.patient[1])):
-            if len(secret) > 2:  # patients' names are often the names of exported folders
-                name = re.sub(re.escape(secret), subject or "X", name, flags=re.IGNORECASE)
-        plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_") or "case"
-        taken, number, name = {other.lower() for other in names}, 2, plain
-        while name.lower() in taken:
-            name, number = f"{plain}_{number}", number + 1
-        names.append(name)
-    return names
-
-
-def _notes(subjects: Sequence[str | None], renumbered: Mapping[int, int], left_out: Sequence[str]) -> tuple[str, ...]:
-    known = sum(subject is not None for subject in subjects)
-    guess = "one subject for every DICOM patient" if known else "one subject for every case"
-    notes = [f"subjects.tsv is a guess ({guess}): correct it, so that cases of one person are never parted."]
+def _notes(
+    subjects: Sequence[str | None], pattern: str | None, renumbered: Mapping[int, int], left_out: Sequence[str]
+) -> tuple[str, ...]:
+    notes = []
+    if pattern is None:
+        known = sum(subject is not None for subject in subjects)
+        guess = "one subject for every DICOM patient" if known else "one subject for every case"
+        notes.append(
+            f"subjects.tsv is a guess ({guess}): correct it, or find the subjects in the paths with --subject, so that "
+            "cases of one person are never parted."
+        )
     notes.append("Look whether the case names tell who a patient is; the voxels of a head can, too.")
     if renumbered:
         values = ", ".join(f"{old} became {new}" for old, new in renumbered.items())
         notes.append(f"Label values were renumbered: {values}. dataset.json keeps this under collected.")
     if left_out:
-        notes.append(f"DICOM files without an image (reports, structure sets, ...) were left out: {some(left_out)}.")
+        notes.append(
+            f"DICOM files that are no image (reports, structure sets, segmentations, ...) were left out: "
+            f"{some(left_out)}. Convert what you want as a label map to NIfTI, and name its folder with --labels."
+        )
     return tuple(notes)
 
 

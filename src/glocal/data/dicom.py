@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
@@ -98,9 +99,21 @@ def read_dicom(folder: Path, series: str) -> sitk.Image:
     return image[:, :, :, 0] if image.GetSize()[3:] == (1,) else image  # one file with all slices as its frames
 
 
+class Patient(NamedTuple):
+    """Who a DICOM file says it is of, as far as it says; to group and to hide, never to be written."""
+
+    identifier: str = ""
+    name: str = ""
+    birth: str = ""
+
+
+_PATIENT = ("0010|0020", "0010|0010", "0010|0030")
+_SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
+
+
 @same_locale()
-def patient_of(file: str) -> tuple[str, str]:
-    """The patient's identifier and name in a DICOM file; empty where there is none.
+def patient_of(file: str) -> Patient | None:
+    """The patient of a DICOM image; None for a segmentation, which is no image though it has voxels.
 
     Raises:
         GlocalError: an unreadable file.
@@ -111,8 +124,19 @@ def patient_of(file: str) -> tuple[str, str]:
         reader.ReadImageInformation()
     except RuntimeError as error:
         raise GlocalError(f"{file} cannot be read as DICOM: export its series again.") from error
-    tags = [reader.GetMetaData(tag).strip() if reader.HasMetaDataKey(tag) else "" for tag in ("0010|0020", "0010|0010")]
-    return tags[0], tags[1]
+    kind, *patient = (
+        reader.GetMetaData(tag).strip(" \0") if reader.HasMetaDataKey(tag) else "" for tag in ("0008|0016", *_PATIENT)
+    )
+    return None if kind == _SEGMENTATION else Patient(*map(_text, patient))
+
+
+def _text(value: str) -> str:
+    """What a file that does not say its encoding most often means: UTF-8, else Latin-1."""
+    content = value.encode("utf-8", "surrogateescape")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
 
 
 def holds_no_image(path: Path) -> bool:

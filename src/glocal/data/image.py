@@ -20,7 +20,7 @@ from glocal.files import replacing
 
 _SHIFT_IN_VOXELS = 0.1  # how far two grids may lie apart: above the rounding of headers, below what a result can feel
 FILE_ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
-_LABEL_SUFFIX = re.compile(r"[_-](gt|seg|segmentation|label|labels|mask)$", re.IGNORECASE)
+_LABEL_SUFFIX = re.compile(r"[._-](gt|seg|segmentation|label|labels|mask)$", re.IGNORECASE)
 _CODES = ("qform_code", "sform_code")
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
@@ -134,6 +134,17 @@ def read_file(path: Path) -> sitk.Image:
         if not is_complete(path, dims, int(float(image.GetMetaData("vox_offset"))), int(image.GetMetaData("bitpix"))):
             raise _unreadable(path)
     return image
+
+
+def dimensions(path: Path) -> int | None:
+    """How many axes a file says it has, of which only the header is read; None where it cannot be read."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(readable_name(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        return None
+    return int(reader.GetDimension())
 
 
 def _unreadable(path: Path) -> GlocalError:

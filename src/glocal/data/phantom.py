@@ -5,9 +5,6 @@ parts: vessels and bowel as bright as blood, rings with a bright core, atria and
 Subjects differ in anatomy, coverage, contrast, coil sensitivity, noise, blur and grid.
 """
 
-import os
-import shutil
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +14,7 @@ from scipy.ndimage import gaussian_filter
 from glocal.data.anatomy import LABELS, Scene, Tissue, empty_scene, paint_abdomen, paint_chest, paint_heart
 from glocal.data.image import Geometry, write_volume
 from glocal.errors import GlocalError
-from glocal.files import write_json, write_text
+from glocal.files import appearing, write_json, write_text
 from glocal.progress import track
 
 # How hard the images are; ranges are drawn from uniformly, per subject. More such numbers stand in `anatomy`.
@@ -110,21 +107,15 @@ def phantom(root: Path, subjects: int = 40, labelled: int | None = None, seed: i
     unlabelled = range(pool if labelled is None else labelled, pool)
     cases = [f"phantom{number:03d}" for number in range(subjects)]
     split = {"pretrain": cases[:pool], "development": cases[pool:-tests], "test": cases[-tests:]}
-    unfinished = root.parent / f".{uuid.uuid4().hex[:8]}.{root.name}"
-    try:
+    with appearing(root) as folder:
         for number in track(range(subjects), "drawing hearts", subjects):
             image, labels, geometry = subject(seed, number)
-            write_volume(unfinished / "imagesTr" / f"{cases[number]}_0000.nii.gz", image, geometry)
+            write_volume(folder / "imagesTr" / f"{cases[number]}_0000.nii.gz", image, geometry)
             if number not in unlabelled:
-                write_volume(unfinished / "labelsTr" / f"{cases[number]}.nii.gz", labels, geometry)
-        write_json(unfinished / "dataset.json", _description(subjects - len(unlabelled), seed))
-        write_json(unfinished / "split.json", split)
-        write_text(unfinished / "subjects.tsv", "case\tsubject\n" + "".join(f"{case}\t{case}\n" for case in cases))
-        if root.exists():
-            root.rmdir()
-        os.replace(unfinished, root)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+                write_volume(folder / "labelsTr" / f"{cases[number]}.nii.gz", labels, geometry)
+        write_json(folder / "dataset.json", _description(subjects - len(unlabelled), seed))
+        write_json(folder / "split.json", split)
+        write_text(folder / "subjects.tsv", "case\tsubject\n" + "".join(f"{case}\t{case}\n" for case in cases))
 
 
 def _description(labelled: int, seed: int) -> dict[str, object]:
