@@ -17,7 +17,7 @@ from glocal.data.store import Store
 from glocal.errors import Busy, GlocalError
 from glocal.evaluation.metrics import METRICS, dice
 from glocal.experiments.report import report
-from glocal.files import read_json, write_json
+from glocal.files import read_json, write_bytes, write_json
 from glocal.finetuning.finetune import NOTHING_UNLABELLED, finetune
 from glocal.finetuning.measure import Validation
 from glocal.inference import folded, predict, slice_probabilities
@@ -138,12 +138,29 @@ def test_names_of_another_dataset_are_other_people(
     """Equal names in two datasets: the other's split is not taken, nor are its subjects held against us."""
     labelled = ["case0", "case1", "case5"]
     split = {"pretrain": ["case0", "case5"], "test": ["case1"]}
-    raw = write_dataset(tmp_path / "raw", {"case0": 5, "case1": 6, "case5": 6}, labelled, split)
+    raw = write_dataset(tmp_path / "raw", {"case0": 8, "case1": 9, "case5": 7}, labelled, split)
     write_json(raw / "dataset.json", {**read_json(raw / "dataset.json"), "name": "Another"})
     other = preprocess(raw, tmp_path / "store", preprocessing, workers=1)
     pretrain(store, tmp_path / "pre", {**cheap, "method": "pcl", "max_iterations": 1, "batch": 4, "outputs": 8})
     finetune(other, tmp_path / "run", {**cheap, **SHORT}, tmp_path / "pre")
     assert read_json(tmp_path / "run" / "split.json")["split"]["test"] == ["case1"]
+
+
+def test_an_image_that_was_seen_under_another_name_is_refused(
+    store: Store, raw: Path, tmp_path: Path, preprocessing: PreprocessOptions, cheap: dict[str, Any]
+) -> None:
+    """A folder that was collected again is another dataset by its name, not by its images."""
+    again = tmp_path / "again"
+    for path in (*raw.glob("imagesTr/*"), *raw.glob("labelsTr/*")):
+        write_bytes(again / path.parent.name / path.name.replace("case", "S"), path.read_bytes())
+    write_json(again / "dataset.json", {**read_json(raw / "dataset.json"), "name": "Again"})
+    write_json(again / "split.json", {"pretrain": ["S0", "S2"], "test": ["S1"]})
+    other = preprocess(again, tmp_path / "store", preprocessing, workers=1)
+    pretrain(store, tmp_path / "pre", {**cheap, "method": "pcl", "max_iterations": 1, "batch": 4, "outputs": 8})
+    with pytest.raises(GlocalError, match=r"Subject S1 would be tested on but was seen in pre-training"):
+        finetune(other, tmp_path / "run", {**cheap, **SHORT}, tmp_path / "pre")
+    held_out = Split(0, ("S0", "S2"), (), ("S5",))  # store's test subject
+    finetune(other, tmp_path / "run", {**cheap, **SHORT}, tmp_path / "pre", split=held_out)
 
 
 def test_the_split_of_the_pretraining_is_taken(store: Store, tmp_path: Path, cheap: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ _TYPES: dict[Kind, tuple[torch.dtype, torch.dtype]] = {  # in the files, and as 
 
 @dataclass(frozen=True)
 class StoredVolume:
-    """One volume of the store; spacing is the native one in mm, (x, y, z)."""
+    """One volume of the store; spacing is the native one in mm, (x, y, z), and `image` tells its slices from others."""
 
     case: str
     subject: str
@@ -40,6 +40,7 @@ class StoredVolume:
     labelled: bool
     undo: Undo
     spacing: tuple[float, float, float]
+    image: str
 
 
 class Store:
@@ -251,9 +252,8 @@ def _uncollected() -> Iterator[None]:
 
 def _stored(case: Mapping[str, Any], subject: str) -> StoredVolume:
     x, y, z = case["spacing"]
-    return StoredVolume(
-        case["name"], subject, case["slices"], case["labelled"], Undo.from_dict(case["undo"]), (x, y, z)
-    )
+    undo = Undo.from_dict(case["undo"])
+    return StoredVolume(case["name"], subject, case["slices"], case["labelled"], undo, (x, y, z), case["voxels"][:16])
 
 
 def _twins(cases: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -288,9 +288,12 @@ def _start(
             )
         if "network" in options.model_fields_set and options.network != before.network:
             raise GlocalError(f"{source} was pre-trained with another network: leave network out, its own is taken.")
-        if before.provenance["dataset"] == store.name:  # subjects of another dataset are other people
-            seen, transductive = before.provenance["subjects"], before.provenance["transductive"]
-            refuse_leakage(store.volumes, split, seen, "was seen in pre-training", transductive)
+        # Subjects of another dataset are other people, unless an image is the same: a folder collected again.
+        images = set(before.provenance.get("images", ()))
+        seen = {volume.subject for volume in store.volumes if volume.image in images}
+        if before.provenance["dataset"] == store.name:
+            seen |= set(before.provenance["subjects"])
+        refuse_leakage(store.volumes, split, seen, "was seen in pre-training", before.provenance["transductive"])
         _refuse_other_labels(source, before, store, draw)
         report = transfer(build(own, store.plan.channels, len(store.labels)), source)
         if not report.transferred:
