@@ -4,7 +4,9 @@ import errno
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from glocal.errors import GlocalError
 from glocal.files import digest, explained, read_json, replacing, write_json, write_text
@@ -110,6 +112,12 @@ def test_errors_are_explained_by_the_file_they_name() -> None:
     assert "a file" in str(explained(OSError(errno.ENOSPC, "full")))
     assert explained(FileNotFoundError(errno.ENOENT, "missing", "/data/scan")) is None
     assert explained(ValueError("28")) is None
+    for ask in (lambda: torch.empty(2**60), lambda: np.empty(2**60)):  # more than any machine has
+        with pytest.raises((RuntimeError, MemoryError)) as caught:
+            ask()
+        assert "memory of the GPU or of the machine is used up" in str(explained(caught.value))
+    assert "used up" in str(explained(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")))
+    assert explained(RuntimeError("the memory of a matrix")) is None
     assert "shorten it" in str(explained(OSError(errno.ENAMETOOLONG, "long", "/data/scan")))
     assert "Cannot write /cdrom" in str(explained(OSError(errno.EROFS, "read-only", "/cdrom")))
 

@@ -17,6 +17,7 @@ from glocal.errors import GlocalError
 
 _OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _OUT_OF_SPACE_IN_WORDS = re.compile(r"os error (28|122)\b|requested and \d+ written")  # safetensors, NumPy
+_OUT_OF_MEMORY = re.compile(r"^OutOfMemoryError|^RuntimeError: .*can't allocate memory", re.DOTALL)  # torch: GPU, CPU
 _IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _UMASK = os.umask(0o077)  # can only be read by setting it: once, before there are threads
@@ -73,12 +74,17 @@ def appearing(folder: Path) -> Iterator[Path]:
 
 
 def explained(error: Exception, path: Path | None = None) -> str | None:
-    """One sentence for an error of the file system that the user can solve, else None.
+    """One sentence for an error of the file system, or for a lack of memory, that the user can solve, else None.
 
     Args:
         path: what was being written, if that is known.
     """
     code, where = getattr(error, "errno", None), path or getattr(error, "filename", None) or "a file"
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
+        return (
+            "The memory of the GPU or of the machine is used up: end what else uses it, let less happen at the same time "
+            "(`batch`, --workers), or take smaller slices (`preprocess.size`), then start the same command again."
+        )
     if code in _OUT_OF_SPACE or _OUT_OF_SPACE_IN_WORDS.search(str(error)):
         return f"No space left on disk while writing {where}: free some space and start the same command again."
     if code in _IN_THE_WAY:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import platform
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -167,7 +168,9 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine, date and the peak memory of this process (MiB)."""
+    """Versions, machine, date and the peak memory of this process (MiB), on the GPU too if it has used one."""
+    torch = sys.modules.get("torch")
+    gpu = torch is not None and torch.cuda.is_initialized()
     packages = ("torch", "lightning-fabric", "monai", "simpleitk", "numpy", "scipy")
     return {
         "glocal": __version__,
@@ -176,4 +179,5 @@ def environment() -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        **({"peak_gpu_memory_mib": torch.cuda.max_memory_allocated() // 2**20} if torch and gpu else {}),
     }

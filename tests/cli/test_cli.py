@@ -146,6 +146,13 @@ def test_a_full_disk_is_a_sentence_wherever_it_happens(shell: Shell) -> None:
     assert err.startswith("Error: No space left on disk while writing /scratch/metrics.jsonl: free some space")
 
 
+def test_a_lack_of_memory_is_a_sentence_too(shell: Shell) -> None:
+    shell.monkeypatch.setattr(recipe_module, "recipe_names", raising(MemoryError()))
+    code, _, err = shell("recipes")
+    assert code == 2
+    assert "let less happen at the same time (`batch`, --workers)" in err
+
+
 @pytest.mark.parametrize("error", [ValueError("our own mistake"), OSError(errno.EIO, "broken")])
 def test_our_own_mistakes_keep_their_traceback(shell: Shell, error: Exception) -> None:
     shell.monkeypatch.setattr(recipe_module, "recipe_names", raising(error))

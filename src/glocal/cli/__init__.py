@@ -79,7 +79,7 @@ def main() -> None:
         app()
     except GlocalError as error:
         _refuse(str(error))
-    except OSError as error:
+    except Exception as error:
         if sentence := explained(error):
             _refuse(sentence)
         raise

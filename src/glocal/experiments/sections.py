@@ -265,6 +265,7 @@ def closing(run: Path) -> list[Section]:
         ["machine", made["machine"]],
         ["time, last start to end" if made["kind"] == "run" else "time", f"{made['seconds']:.0f} s"],
         ["peak memory of the process", f"{made['peak_memory_mib']} MiB"],
+        *([["on the GPU", f"{made['peak_gpu_memory_mib']} MiB"]] if "peak_gpu_memory_mib" in made else []),
     ]
     return [
         Section("Settings", tables=[Table("recipe.yaml", ["Key", "Value"], rows)], collapsed=True),
