@@ -82,8 +82,8 @@ def explained(error: Exception, path: Path | None = None) -> str | None:
     code, where = getattr(error, "errno", None), path or getattr(error, "filename", None) or "a file"
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
         return (
-            "The memory of the GPU or of the machine is used up: end what else uses it, let less happen at the same time "
-            "(`batch`, --workers), or take smaller slices (`preprocess.size`), then start the same command again."
+            "The memory of the GPU or of the machine is used up: end what else uses it, let less happen at the same "
+            "time (`batch`, --workers), or take smaller slices (`preprocess.size`), then start the same command again."
         )
     if code in _OUT_OF_SPACE or _OUT_OF_SPACE_IN_WORDS.search(str(error)):
         return f"No space left on disk while writing {where}: free some space and start the same command again."
