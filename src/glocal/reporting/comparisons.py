@@ -214,10 +214,10 @@ def picture_grid(rows: Sequence[PictureRow], methods: Sequence[str], class_names
             masks = (row.truth, *(row.masks[method] for method in methods))
             scores = ("", *(f"Dice {row.dice[method]:.2f}" for method in methods))
             for axes, title, mask, score in zip(panels, titles, masks, scores, strict=False):
-                figures.draw_slice(axes, row.image, None, mask, class_names, window, row.aspect)
+                figures.draw_slice(axes, row.image, mask, class_names, window, row.aspect)
                 axes.set_title(title, loc="center", fontsize=10, fontweight="normal", pad=4)
                 axes.text(0.5, -0.03, score, transform=axes.transAxes, fontsize=10, color=QUIET, ha="center", va="top")
-        figures.class_legend(figure, class_names, outline=False, fill=False)
+        figures.class_legend(figure, class_names)
         return figures.to_bytes(figure, "png")
 
 

@@ -17,7 +17,6 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -53,20 +52,14 @@ Labels = NDArray[np.integer] | NDArray[np.bool_]
 Window = tuple[tuple[int, int], tuple[int, int]]
 
 
-def learning_curves(
-    series: Mapping[str, Sequence[tuple[float, float]]], title: str, ylabel: str, log: bool = False
-) -> bytes:
-    """Curves over training as SVG: `series` maps a name to its points (iteration, value); `log` scales the values."""
+def learning_curves(series: Mapping[str, Sequence[tuple[float, float]]], title: str, ylabel: str) -> bytes:
+    """Curves over training as SVG: `series` maps a name to its points (iteration, value)."""
     with mpl.rc_context(STYLE):
         figure, axes = canvas(title, 3.4)
         for number, (name, points) in enumerate(series.items()):
             x, y = np.array(points, dtype=float).reshape(-1, 2).T
             mark, line = "o" if len(x) < 3 else None, "--" if number > 6 else "-"  # colours come again after seven
             axes.plot(x, y, line, color=ink_colour(number), linewidth=1.8, marker=mark, label=name)
-        if log:
-            axes.set_yscale("log", nonpositive="mask")
-            for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                set_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))  # 2, not 2 × 10⁰
         axes.set(xlabel="Iteration", ylabel=ylabel)
         axes.margins(x=0.01)
         if len(series) > 1:
@@ -74,7 +67,7 @@ def learning_curves(
         return to_bytes(figure, "svg")
 
 
-def overlay(
+def overlay_row(
     image: NDArray[np.generic],
     truth: Labels | None,
     prediction: Labels | None,
@@ -82,7 +75,7 @@ def overlay(
     title: str,
     aspect: float = 1.0,
 ) -> bytes:
-    """One slice as PNG: grey image, the expert's masks as outlines, the predicted ones as translucent fill.
+    """The same slice side by side as PNG: image, expert (left out without `truth`) and prediction.
 
     Shown is the part of the slice that holds all masks, with its surroundings.
 
@@ -94,25 +87,6 @@ def overlay(
         title: printed above.
         aspect: height of a pixel over its width, in mm.
     """
-    with mpl.rc_context(STYLE):
-        window = window_around(image.shape, truth, prediction)
-        figure = Figure(figsize=(4.4, 4.4 * tallness(window, aspect) + 0.75), layout="constrained")
-        axes = figure.subplots()
-        draw_slice(axes, image, truth, prediction, class_names, window, aspect)
-        axes.set_title(title)
-        class_legend(figure, class_names, truth is not None, prediction is not None)
-        return to_bytes(figure, "png")
-
-
-def overlay_row(
-    image: NDArray[np.generic],
-    truth: Labels | None,
-    prediction: Labels | None,
-    class_names: Mapping[str, int],
-    title: str,
-    aspect: float = 1.0,
-) -> bytes:
-    """The same slice side by side as PNG: image, expert (left out without `truth`) and prediction; see `overlay`."""
     panels = [("Image", None), ("Expert", truth), ("Prediction", prediction)]
     panels = [(name, mask) for name, mask in panels if name == "Image" or mask is not None]
     with mpl.rc_context(STYLE):
@@ -121,9 +95,9 @@ def overlay_row(
         figure = Figure(figsize=size, layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         for axes, (name, mask) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            draw_slice(axes, image, None, mask, class_names, window, aspect)
+            draw_slice(axes, image, mask, class_names, window, aspect)
             axes.set_title(name, loc="center", fontsize=11, fontweight="normal", color=QUIET, pad=4)
-        class_legend(figure, class_names, outline=False, fill=False)
+        class_legend(figure, class_names)
         return to_bytes(figure, "png")
 
 
@@ -150,11 +124,11 @@ def class_boxes(frame: pd.DataFrame, metric: str, label: str = "") -> bytes:
         return to_bytes(figure, "svg")
 
 
-def paired_differences(table: pd.DataFrame, label: str = "Difference in Dice") -> bytes:
-    """Differences between paired runs against zero as SVG: a line per contender and number of labels.
+def paired_differences(table: pd.DataFrame) -> bytes:
+    """Differences in Dice between paired runs against zero as SVG: a line per contender and number of labels.
 
     `table` has the columns contender, split, labels, draw, difference; right of zero the contender is better. Points
-    are pairs (a marker per split), the bar is their mean. `label` names the axis.
+    are pairs (a marker per split), the bar is their mean.
     """
     with mpl.rc_context(STYLE):
         groups = list(table.groupby(["contender", "labels"], sort=False))
@@ -173,7 +147,7 @@ def paired_differences(table: pd.DataFrame, label: str = "Difference in Dice") -
         axes.set_yticks(range(len(groups)), names)
         axes.set_ylim(len(groups) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel(f"← worse      {label}      better →")
+        axes.set_xlabel("← worse      Difference in Dice      better →")
         if len(splits) > 1:
             marks = [_mark(MARKERS[number % len(MARKERS)]) for number in range(len(splits))]
             _legend_below(figure, (marks, [f"Split {split}" for split in splits]))
@@ -192,30 +166,21 @@ def canvas(title: str, height: float) -> tuple[Figure, Axes]:
 def draw_slice(
     axes: Axes,
     image: NDArray[np.generic],
-    outline: Labels | None,
-    fill: Labels | None,
+    mask: Labels | None,
     class_names: Mapping[str, int],
     window: Window,
     aspect: float,
 ) -> None:
-    """The shown part of a slice with masks as outlines and as fill; shapes as for `overlay`."""
+    """The shown part of a slice `(H, W)` with its mask, translucent."""
     (top, bottom), (left, right) = window
     # Of the shown part alone, and with its brightest spots cut: fat would darken all else.
     low, high = np.percentile(image[top:bottom, left:right].astype(np.float32), (0.5, 98))
     axes.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect, interpolation="bilinear")
-    for value in (value for value in class_names.values() if value != 0):
-        colour = to_rgb(class_colour(value))
-        if fill is not None:
-            layer = np.zeros((*fill.shape, 4))
-            layer[fill == value] = (*colour, OPACITY)
-            axes.imshow(layer, aspect=aspect, interpolation="nearest")
-        if outline is not None and (outline == value).any():
-            # One empty pixel around the slice closes the outline of a mask that touches its border.
-            padded = np.pad((outline == value).astype(float), 1)
-            height, width = outline.shape
-            grid = np.arange(-1, width + 1), np.arange(-1, height + 1)
-            for line, ink in ((3.2, (0.0, 0.0, 0.0)), (1.8, colour)):
-                axes.contour(*grid, padded, levels=[0.5], colors=[ink], linewidths=line)
+    if mask is not None:
+        layer = np.zeros((*mask.shape, 4))
+        for value in (value for value in class_names.values() if value != 0):
+            layer[mask == value] = (*to_rgb(class_colour(value)), OPACITY)
+        axes.imshow(layer, aspect=aspect, interpolation="nearest")
     axes.set(xlim=(left - 0.5, right - 0.5), ylim=(bottom - 0.5, top - 0.5))
     axes.set_axis_off()
 
@@ -236,16 +201,9 @@ def ink_colour(number: int) -> str:
     return ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5b6875")[number % 7]
 
 
-def class_legend(figure: Figure, class_names: Mapping[str, int], outline: bool, fill: bool) -> None:
-    """The colours of the classes below a figure, and what outline and fill are where there are both."""
-    handles: list[Patch | Line2D] = [
-        Patch(facecolor=class_colour(value), label=name) for name, value in class_names.items() if value != 0
-    ]
-    if outline and fill:
-        handles += [
-            Line2D([], [], color=QUIET, linewidth=1.8, label="expert"),
-            Patch(color="#c3cbd3", label="prediction"),
-        ]
+def class_legend(figure: Figure, class_names: Mapping[str, int]) -> None:
+    """The colours of the classes below a figure."""
+    handles = [Patch(facecolor=class_colour(value), label=name) for name, value in class_names.items() if value != 0]
     _legend_below(figure, (handles, [str(handle.get_label()) for handle in handles]))
 
 

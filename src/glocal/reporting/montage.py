@@ -48,16 +48,16 @@ def montage(
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         above, below = figure.subplots(2, len(images), squeeze=False)
         for k, axes in enumerate(above):
-            draw_slice(axes, images[k], None, masks[k], class_names, window, aspect)
+            draw_slice(axes, images[k], masks[k], class_names, window, aspect)
             axes.set_title(titles[k], loc="center", fontsize=8, fontweight="normal", color=QUIET, pad=3)
             # The map alone: over the image its colours would be those of the image as much as of the doubt.
-            draw_slice(below[k], images[k], None, None, class_names, window, aspect)
+            draw_slice(below[k], images[k], None, class_names, window, aspect)
             shades = below[k].imshow(uncertainty[k], cmap="inferno", vmin=0, vmax=1, aspect=aspect)
             _outline(below[k], masks[k])
         bar = figure.colorbar(shades, ax=list(below), fraction=0.03, pad=0.01, ticks=[0, 0.5, 1])
         bar.ax.tick_params(labelsize=7, length=2, colors=QUIET)
         bar.outline.set_visible(False)
-        class_legend(figure, class_names, outline=False, fill=False)
+        class_legend(figure, class_names)
         return in_few_colours(to_bytes(figure, "png"))
 
 

@@ -16,7 +16,6 @@ def slice_rows(
     rows: Sequence[Row],
     headings: NDArray[np.floating] | None = None,
     class_names: Mapping[str, int] | None = None,
-    aspect: float = 1.0,
 ) -> bytes:
     """Rows of slices as PNG, as many columns as there are in the longest.
 
@@ -24,15 +23,14 @@ def slice_rows(
         rows: name, images `(columns, H, W)` of any grey values, and label maps `(columns, H, W)` to lay over them.
         headings: `(rows, columns)` numbers to write above the slices.
         class_names: of the label maps, which have a legend then.
-        aspect: height of a pixel over its width, in mm.
     """
     columns, classes = max(len(images) for _, images, _ in rows), class_names or {}
     window = (0, rows[0][1].shape[1]), (0, rows[0][1].shape[2])
-    height, masked = 1.5 * tallness(window, aspect) + 0.55, any(labels is not None for _, _, labels in rows)
+    height, masked = 1.5 * tallness(window, 1.0) + 0.55, any(labels is not None for _, _, labels in rows)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(1.5 * columns, len(rows) * height + 0.4 * masked), layout="constrained")
         if masked:
-            class_legend(figure, classes, outline=False, fill=True)
+            class_legend(figure, classes)
         bands = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
         for number, (band, (name, images, labels)) in enumerate(zip(bands, rows, strict=True)):
             band.suptitle(name, x=0.01, ha="left", fontsize=12, fontweight="bold")
@@ -40,8 +38,8 @@ def slice_rows(
                 if column >= len(images):
                     axes.set_axis_off()
                     continue
-                fill = None if labels is None else labels[column]
-                draw_slice(axes, images[column], None, fill, classes, window, aspect)
+                mask = None if labels is None else labels[column]
+                draw_slice(axes, images[column], mask, classes, window, 1.0)
                 if headings is not None:
                     title = f"{headings[number, column]:.2f}"
                     axes.set_title(title, loc="center", fontsize=11, fontweight="normal", color=QUIET, pad=3)
