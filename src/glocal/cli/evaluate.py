@@ -23,11 +23,17 @@ def evaluate(
         bool, typer.Option("--spacing-unknown", help="The voxel size is a placeholder: leave out all that is in mm.")
     ] = False,
     tolerance: Annotated[float, typer.Option(min=0.0, help="Tolerance of the Surface Dice in mm.")] = 1.0,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Folder of other masks of the same cases, such as another tool's: which are better?"),
+    ] = None,
 ) -> None:
     """Compare predictions with label maps: Dice, IoU, surface distances and Surface Dice per case and class."""
     from rich.console import Console
 
     from glocal.evaluation import evaluate as evaluation
+    from glocal.evaluation.compare import compare, subjects_beside
+    from glocal.files import replacing
 
     target = out or predictions / "evaluation.csv"
     frame = evaluation.evaluate(predictions, labels, target, spacing_known=not spacing_unknown, tolerance=tolerance)
@@ -35,6 +41,15 @@ def evaluate(
     console.print(class_table(frame, tolerance))
     console.print(_case_table(frame))
     console.print(f"All {len(frame)} rows: {target}", markup=False, highlight=False, soft_wrap=True)
+    if against is not None:
+        other = evaluation.evaluate(against, labels, None, spacing_known=not spacing_unknown, tolerance=tolerance)
+        found, target = compare(frame, other, subjects_beside(labels)), target.with_name("comparison.csv")
+        with replacing(target) as temporary:
+            found.to_csv(temporary, index=False)
+        for metric in ("dice", "hd95"):
+            if metric in set(found["metric"]):
+                console.print(comparison_table(found[found["metric"] == metric], predictions, against))
+        console.print(f"All metrics: {target}", markup=False, highlight=False, soft_wrap=True)
 
 
 def class_table(frame: "pd.DataFrame", tolerance: float = 1.0) -> "Table":
@@ -75,6 +90,33 @@ def class_table(frame: "pd.DataFrame", tolerance: float = 1.0) -> "Table":
                 f"{mean:.{digits}f}" + ("" if sd != sd else f" ± {sd:.{digits}f}")
             )  # one case has no deviation
         table.add_row(escape(name), *cells)
+    return table
+
+
+def comparison_table(rows: "pd.DataFrame", first: Path, second: Path) -> "Table":
+    """The table of one metric that people see, from the rows of a comparison."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    name, digits = {"dice": ("Dice", 3), "hd95": ("HD95 in mm", 1)}[str(rows["metric"].iloc[0])]
+    table = Table(
+        title=f"{name}: {escape(str(first))} (first) against {escape(str(second))}",
+        caption=f"Δ: first minus second, paired by subject ({rows['subjects'].max()}), with its 95 % bootstrap "
+        "interval. Better: for how many subjects the first is, and the second. p: Wilcoxon's signed-rank test, "
+        "adjusted for all rows (Holm). Interval and p speak of other subjects, given these masks.",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("Class", min_width=10)
+    for heading in ("First", "Second", "Δ", "95 %", "Better", "p"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows.to_dict("records"):
+        p = row["p_holm"]
+        cells = [f"{row[key]:.{digits}f}" for key in ("first", "second")]
+        cells += [f"{row['difference']:+.{digits}f}", f"{row['low']:+.{digits}f} to {row['high']:+.{digits}f}"]
+        cells += [f"{row['better']} : {row['worse']}", "" if p != p else f"{p:.3f}" if p >= 0.001 else "< 0.001"]
+        table.add_row(escape(str(row["class"])), *cells)
     return table
 
 

@@ -88,6 +88,22 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     return groups.agg(cases="count", mean="mean", sd="std", median="median", min="min", max="max").reset_index()
 
 
+def per_subject(frame: pd.DataFrame, metric: str, keys: Sequence[str]) -> "pd.Series[float]":
+    """A metric's mean over the classes of each case, then over the cases of each subject.
+
+    Args:
+        frame: rows of `evaluate` with a column `subject`, and whatever tells evaluations apart.
+        metric: its column.
+        keys: the columns that tell evaluations apart.
+
+    Returns:
+        The means, indexed by keys and subject in the order in which they first appear.
+    """
+    per_case = frame.groupby([*keys, "subject", "case"], sort=False)[metric].mean()
+    means: pd.Series[float] = per_case.groupby([*keys, "subject"], sort=False).mean()
+    return means
+
+
 def pooled_dice(frame: pd.DataFrame) -> "pd.Series[float]":
     """The Dice of all cases taken together as one, by class, and last the mean of the classes, 'mean foreground'.
 

@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from glocal.errors import GlocalError
+from glocal.evaluation.evaluate import per_subject
 from glocal.experiments.layout import TableOptions
 from glocal.experiments.plan import Training
 from glocal.finetuning.measure import evaluation_file, evaluation_of
@@ -50,9 +51,8 @@ def values_of(results: pd.DataFrame, axes: Sequence[str], table: TableOptions) -
     chosen = results[results["checkpoint"] == table.checkpoint]
     if table.structure != "mean":
         chosen = chosen[chosen["class"] == table.structure]
-    keys = [*axes, "split", "draw", "validation", "subject"]
-    per_case = chosen.groupby([*keys, "case"], sort=False)[table.metric].mean()
-    values = per_case.groupby(keys, sort=False).mean().rename("value").reset_index()
+    keys = [*axes, "split", "draw", "validation"]
+    values = per_subject(chosen, table.metric, keys).rename("value").reset_index()
     if values["value"].isna().all():
         raise GlocalError(
             f"A table shows {table.metric} of the {table.checkpoint} checkpoint, which no training has measured: the "
@@ -71,8 +71,7 @@ def scores_of(trainings: Sequence[Training], results: pd.DataFrame) -> pd.DataFr
     dice: dict[Any, Any] = {}
     if not results.empty:
         last = results[results["checkpoint"] == "last"]
-        per_subject = last.groupby(["run", "subject", "case"])["dice"].mean().groupby(["run", "subject"]).mean()
-        dice = per_subject.groupby("run").mean().to_dict()
+        dice = per_subject(last, "dice", ["run"]).groupby("run").mean().to_dict()
     return pd.DataFrame(
         [
             {

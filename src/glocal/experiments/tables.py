@@ -9,6 +9,7 @@ import pandas as pd
 from glocal import runs
 from glocal.data.split import ProtocolOptions
 from glocal.errors import GlocalError
+from glocal.evaluation.evaluate import per_subject
 from glocal.files import read_json, replacing, write_text
 from glocal.finetuning.measure import evaluation_file, evaluation_of
 
@@ -51,9 +52,7 @@ def scores(results: pd.DataFrame) -> pd.DataFrame:
         Columns split, contender, labels, draw, checkpoint, validation, dice.
     """
     keys = [*KEYS, "validation"]
-    per_case = results.groupby([*keys, "subject", "case"], sort=False)["dice"].mean()
-    per_subject = per_case.groupby([*keys, "subject"], sort=False).mean()
-    return per_subject.groupby(keys, sort=False).mean().reset_index()
+    return per_subject(results, "dice", keys).groupby(keys, sort=False).mean().reset_index()
 
 
 def paired(table: pd.DataFrame, baseline: str = "random") -> pd.DataFrame:
