@@ -7,7 +7,7 @@ from strategy_checks import SemiSupervisedChecks
 from torch import Tensor
 
 from glocal.data.store import Store
-from glocal.finetuning.fixmatch import confident_entropy
+from glocal.finetuning.consistency import confident_entropy
 from glocal.finetuning.registry import finetuning_options
 
 

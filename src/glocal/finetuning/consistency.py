@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from glocal.distributed import share, whole
 from glocal.networks.base import SegmentationNetwork
@@ -45,6 +46,17 @@ def confident(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Each pixel's likeliest class, and if it is as likely as the threshold: `(B, K, H, W)` -> each `(B, H, W)`."""
     confidence, labels = probabilities(logits.detach()).max(1)
     return labels, confidence >= threshold
+
+
+def confident_entropy(logits: Tensor, pseudo: Tensor, sure: Tensor) -> Tensor:
+    """Mean over all pixels of the cross-entropy where `sure`, 0 elsewhere: the L_u of FixMatch, the L_cps of CPS.
+
+    Args:
+        logits: `(U, K, H, W)`.
+        pseudo: label maps `(U, H, W)`.
+        sure: `(U, H, W)` bool.
+    """
+    return (cross_entropy(logits.float(), pseudo, reduction="none") * sure).mean()
 
 
 def noisy(images: Tensor, batch: int, sigma: float, limit: float, rng: torch.Generator, versions: int = 1) -> Tensor:

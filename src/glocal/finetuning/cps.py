@@ -7,10 +7,9 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from glocal.finetuning.base import SSL4MIS, ReferencePreset, SemiSupervisedOptions, Strategy, StrategyEntry
-from glocal.finetuning.consistency import confident
+from glocal.finetuning.consistency import confident, confident_entropy
 from glocal.networks.base import SegmentationNetwork
 from glocal.options import presets
 
@@ -51,10 +50,7 @@ def cross_pseudo_supervision(each: Sequence[Tensor], threshold: float = 0.0) -> 
     Returns:
         A scalar; no gradient comes by way of y_j.
     """
-    losses = []
-    for logits, other in permutations(each, 2):
-        labels, sure = confident(other, threshold)
-        losses.append((cross_entropy(logits.float(), labels, reduction="none") * sure).mean())
+    losses = [confident_entropy(logits, *confident(other, threshold)) for logits, other in permutations(each, 2)]
     return torch.stack(losses).sum()
 
 

@@ -5,11 +5,10 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from glocal.distributed import whole
 from glocal.finetuning.base import SSL4MIS, Ramp, ReferencePreset, SemiSupervisedOptions, Strategy, StrategyEntry
-from glocal.finetuning.consistency import confident, strong_view
+from glocal.finetuning.consistency import confident, confident_entropy, strong_view
 from glocal.options import presets
 from glocal.randomness import generator
 from glocal.views.intensity import IntensityOptions
@@ -54,17 +53,6 @@ class FixMatch(Strategy):
         consistency = confident_entropy(whole(logits[len(images) :], size), mixing(pseudo), mixing(sure))
         loss = supervised + self.consistency_weight(step) * consistency
         return {"loss": loss, "supervised": supervised, "consistency": consistency, "sure": sure.float().mean()}
-
-
-def confident_entropy(logits: Tensor, pseudo: Tensor, sure: Tensor) -> Tensor:
-    """L_u: mean over all pixels of the cross-entropy where `sure`, 0 elsewhere.
-
-    Args:
-        logits: `(U, K, H, W)`.
-        pseudo: label maps `(U, H, W)`.
-        sure: `(U, H, W)` bool.
-    """
-    return (cross_entropy(logits.float(), pseudo, reduction="none") * sure).mean()
 
 
 FIXMATCH = StrategyEntry(
