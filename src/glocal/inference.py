@@ -1,8 +1,7 @@
 """From a volume to its mask: slices through the network, probabilities back to native geometry, argmax there."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,14 @@ from glocal.data.prepare import Prepared, prepare, restore
 from glocal.devices import device_named, whole_float32
 from glocal.ensemble import Ensemble, Models, Variation, softened
 from glocal.errors import GlocalError
-from glocal.files import digest, read_json, replacing, write_json
+from glocal.files import digest, replacing, write_json
 from glocal.model import find_model
+from glocal.predictions import PAGE, RECORD, Maps, begun, refuse_changes
 from glocal.progress import track
 from glocal.runs import held
 from glocal.uncertainty import entropy
 
 VERSION = 1  # raised by hand when the same network gives other masks (see `runs.identity`)
-PAGE = "predictions.html"
 # Few on a CPU, so that the finest feature maps stay in its cache.
 _PIXELS_AT_ONCE = {"cpu": 2**16, "cuda": 2**20}
 
@@ -70,20 +69,6 @@ def slice_probabilities(network: nn.Module, images: Tensor, device: torch.device
         with whole_float32():
             found = network(part.to(device)).float().softmax(1).cpu()
         yield found
-
-
-@dataclass(frozen=True)
-class Maps:
-    """What is written beside the masks, and by which temperature its probabilities are softened."""
-
-    probabilities: bool
-    uncertainty: bool
-    temperature: float | None
-
-    def files(self, case: Input) -> list[str]:
-        """The names of all files of a case."""
-        wanted = {case.target: True, f"{case.name}.npz": self.probabilities, case.uncertainty: self.uncertainty}
-        return [name for name, is_wanted in wanted.items() if is_wanted]
 
 
 def predict(
@@ -133,17 +118,17 @@ def predict(
     plan, maps = models.headers[0].plan, Maps(probabilities, uncertainty, models.temperature)
     inputs = list_inputs(images, plan.channels) if isinstance(images, Path) else list(images)
     with held(out):
-        record = _record(out, models, vary.options, inputs, overwrite)
+        record = begun(out, models.files, vary.options, inputs, overwrite)
         writing = record.pop("writing", None)
         if not overwrite:
-            _refuse_changes(out, record["cases"], inputs, maps, writing)
+            refuse_changes(out, record["cases"], inputs, maps, writing)
         record |= {
             "summary": vary.sentence(uncertainty),
             "calibration": models.sentence(vary.several or "decoders" in vary.options),
             "temperature": maps.temperature,
             "papers": models.papers,
         }
-        write_json(out / "predictions.json", record)
+        write_json(out / RECORD, record)
         unusable: dict[str, GlocalError] = {}
         for case in track(inputs, "Predicting", len(inputs)):
             there = [name for name in record["cases"].get(case.name, {}).get("files", []) if (out / name).exists()]
@@ -155,10 +140,10 @@ def predict(
                 unusable[case.name] = error
                 continue
             # Said before it is written: what a stopped prediction leaves is told from a mask of somebody else.
-            write_json(out / "predictions.json", record | {"writing": case.target})
+            write_json(out / RECORD, record | {"writing": case.target})
             made = _predict_case(network, plan, case, volume, prepared, out / case.target, maps, where)
             record["cases"][case.name] = made
-        write_json(out / "predictions.json", record)
+        write_json(out / RECORD, record)
         if record["cases"]:
             _write_overview(out, record, plan, uncertainty)
     if unusable:
@@ -175,78 +160,6 @@ def _prepared(case: Input, plan: Plan) -> tuple[Volume, Prepared]:
         return volume, prepare(volume, plan)
     except GlocalError as error:
         raise GlocalError(f"{case.files[0]}: {error}") from error
-
-
-def _record(out: Path, models: Models, options: dict[str, Any], inputs: list[Input], overwrite: bool) -> dict[str, Any]:
-    """What `predictions.json` says: masks that exist are kept only if these very models made them in this way."""
-    path = out / "predictions.json"
-    begun = read_json(path) if path.exists() else {}
-    if not isinstance(begun, dict):
-        raise GlocalError(f"{path} was not written by `glocal predict`: choose another folder for the masks.")
-    made_by: dict[str, Any] = {
-        "models": [{"file": str(file.resolve()), "digest": digest(file)} for file in models.files],
-        "options": options,
-    }
-    same = [model["digest"] for model in begun.get("models", [])] == [model["digest"] for model in made_by["models"]]
-    if same and begun["options"] == options:
-        return {**made_by, "cases": begun["cases"], "writing": begun.get("writing")}
-    asked = {case.name for case in inputs}
-    left = [name for name, case in begun.get("cases", {}).items() if name not in asked and _any_of(out, case["files"])]
-    if left:  # beside masks of this model, and with no record of how they were made
-        raise GlocalError(
-            f"{out} holds masks by {_maker(begun)} that would not be replaced ({some(left)}): choose another folder."
-        )
-    if not overwrite and any((out / case.target).exists() for case in inputs):
-        raise GlocalError(
-            f"{out} holds masks of these images by {_maker(begun)}: choose another folder, or replace them with "
-            "--overwrite."
-        )
-    stale = [name for case in inputs for name in begun.get("cases", {}).get(case.name, {}).get("files", [])]
-    for name in (*stale, PAGE):  # no map shall lie beside a mask that it was not made with
-        (out / name).unlink(missing_ok=True)
-    return {**made_by, "cases": {}}
-
-
-def _any_of(folder: Path, names: Sequence[str]) -> bool:
-    return any((folder / name).exists() for name in names)
-
-
-def _refuse_changes(
-    out: Path, cases: Mapping[str, Any], inputs: Sequence[Input], maps: Maps, writing: str | None
-) -> None:
-    """Refuse before anything is predicted what would replace, be kept for, or lie beside what it does not belong to.
-
-    `writing` is the mask that a stopped prediction was about to write: it is ours.
-    """
-    for case in inputs:
-        mask, known = out / case.target, cases.get(case.name)
-        if not mask.exists():
-            continue
-        if known is None:
-            if case.target == writing:
-                continue
-            raise GlocalError(
-                f"{mask} was not written by this prediction: choose another folder, or replace it with --overwrite."
-            )
-        if known.get("digest") != case.digest():
-            raise GlocalError(
-                f"{mask} was predicted from another image ({known['image']}) than {case.files[0]} is now: choose "
-                "another folder, or replace it with --overwrite."
-            )
-        if not all((out / name).exists() for name in maps.files(case)) and known.get("mask") != digest(mask):
-            raise GlocalError(
-                f"{mask} was changed after it was predicted, and the maps that are asked for would not belong to it: "
-                "choose another folder for them, or give the changes up with --overwrite."
-            )
-
-
-def _maker(record: dict[str, Any]) -> str:
-    """Who made the masks of a record, in words."""
-    files = [model["file"] for model in record.get("models", [])]
-    options = [
-        name if value is True else f"{name}={value}" for name, value in record.get("options", {}).items() if value
-    ]
-    return " and ".join(files) + (f" with {', '.join(options)}" if options else "") if files else "something else"
 
 
 def _predict_case(

@@ -14,11 +14,11 @@ from glocal.data.image import read_file, read_image, read_labels
 from glocal.data.orientation import Undo
 from glocal.evaluation.cases import ORDER, cases_table, doubt
 from glocal.files import replacing
+from glocal.predictions import CASES, RECORD
 from glocal.progress import track
 from glocal.reporting.html import Cell, Picture, Report, Section, Table, papers, write_report
 from glocal.reporting.montage import montage
 
-CASES = "cases.csv"
 _PICTURES = 20  # cases
 _ROWS = 200  # of the page's table
 _SLICES = 5  # of a case
@@ -119,7 +119,7 @@ def _table(table: pd.DataFrame) -> Table:
 def _models(record: Mapping[str, Any]) -> Table:
     rows = [["model", model["file"]] for model in record["models"]]
     rows += [[f"--{name}", str(value)] for name, value in record["options"].items()]
-    return Table("predictions.json", ["What", "Value"], rows)
+    return Table(RECORD, ["What", "Value"], rows)
 
 
 def _caption(table: pd.DataFrame, name: str) -> str:

@@ -60,17 +60,18 @@ def predict(
     from glocal.files import read_json
     from glocal.inference import predict as segment
     from glocal.overview import read_cases
+    from glocal.predictions import CASES, PAGE, RECORD
 
     masks = segment(model, images, out, probabilities, device, overwrite, others or [], tta, uncertainty, passes)
-    record = read_json(out / "predictions.json")
+    record = read_json(out / RECORD)
     table = read_cases(out)
     Console().print(cases_table(table))
     if warning := doubt(table):
         typer.secho(f"Warning: {warning}", fg="yellow")
     typer.echo(f"{record['summary']} {record['calibration']}")
-    typer.echo(f"{len(masks)} masks in {out}, all cases in {out / 'cases.csv'}.")
+    typer.echo(f"{len(masks)} masks in {out}, all cases in {out / CASES}.")
     if uncertainty:
-        typer.echo(f"The page to look at: {out / 'predictions.html'}")
+        typer.echo(f"The page to look at: {out / PAGE}")
 
 
 def cases_table(frame: "pd.DataFrame") -> "Table":

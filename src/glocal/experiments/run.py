@@ -31,7 +31,8 @@ from glocal.experiments.trainings import (
 )
 from glocal.files import read_json, write_json
 from glocal.finetuning.measure import measured_cases
-from glocal.inference import PAGE, predict
+from glocal.inference import predict
+from glocal.predictions import PAGE
 from glocal.processes import cores
 from glocal.progress import console
 

@@ -22,8 +22,8 @@ from glocal.evaluation.evaluate import FOREGROUND, note_counts, pooled_dice, sum
 from glocal.evaluation.metrics import EMPTY_POLICY
 from glocal.files import read_json
 from glocal.finetuning.measure import predictions_folder
-from glocal.inference import PAGE
-from glocal.overview import CASES, read_cases
+from glocal.overview import read_cases
+from glocal.predictions import CASES, PAGE
 from glocal.reporting.figures import class_boxes, learning_curves, overlay_row
 from glocal.reporting.html import Picture, Section, Table
 from glocal.reporting.rows import slice_rows
