@@ -22,6 +22,7 @@ from glocal.data.image import read_image, read_labels, write_volume
 from glocal.data.phantom import subject
 from glocal.data.preprocess import preprocess
 from glocal.errors import GlocalError
+from glocal.evaluation.cases import doubt
 from glocal.experiments import demo as demonstration
 from glocal.experiments import run as road
 from glocal.experiments import trainings as jobs_of_recipes
@@ -306,6 +307,8 @@ def test_two_labels_and_nothing_to_measure_on(recipe: str, write_dataset: Any, t
     mask, image = read_labels(out / "masks" / "c.nii.gz"), read_image([raw / "imagesTr" / "c_0000.nii.gz"])
     assert mask.geometry == image.geometry
     assert "Masks of the unlabelled volumes" in page
+    doubted = doubt(read_cases(out / "masks"))
+    assert (doubted is not None) == ("Most cases are unsure" in page)
     assert "made by finetune/split-0/pcl/labels-2-draw-0, the last of all fine-tunings" in page
     corrected = np.zeros_like(mask.array[0])
     write_volume(out / "masks" / "c.nii.gz", corrected, mask.geometry)

@@ -17,6 +17,7 @@ from glocal.experiments.sections import (
     count,
     curve,
     curves_together,
+    doubts,
     examples,
     masks,
     measured,
@@ -117,7 +118,7 @@ def _of_run(run: Path) -> Report:
     contenders = list(dict.fromkeys(path.parent.name for path in sorted(run.glob("finetune/split-*/*/labels-*"))))
     lead = _lead(settings, store, contenders)
     trainings = sorted(run.glob("finetune/split-*/*/labels-*"))
-    warnings = [*_warnings(manifest), *store.warnings, *warnings_below(run)]
+    warnings = [*_warnings(manifest), *store.warnings, *warnings_below(run), *doubts(run)]
     figures: list[tuple[str, str]] = []
     sections: list[Section] = []
     if results.empty:

@@ -148,9 +148,15 @@ def masks(run: Path, store: Store) -> list[Section]:
         f"The masks of {count(list(flags), 'unlabelled volume')} are in {folder}, made by "
         f"{runs.manifest_of(run)['masks_by']}, the last of all fine-tunings; the figures above may be of others. Those "
         f"that need a human's eye come first in {CASES} there; {PAGE} shows them with maps of where the network is "
-        f"unsure. {doubt(table) or ''} The first:"
+        f"unsure. The first:"
     )
     return [Section("Masks of the unlabelled volumes", text=text, pictures=pictures)]
+
+
+def doubts(run: Path) -> list[str]:
+    """What to beware of in the masks of the unlabelled volumes."""
+    doubtful = doubt(read_cases(run / "masks")) if (run / "masks" / CASES).exists() else None
+    return [f"Masks of the unlabelled volumes: {doubtful}"] if doubtful else []
 
 
 @dataclass(frozen=True)
