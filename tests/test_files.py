@@ -117,6 +117,8 @@ def test_errors_are_explained_by_the_file_they_name() -> None:
             ask()
         assert "memory of the GPU or of the machine is used up" in str(explained(caught.value))
     assert "used up" in str(explained(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")))
+    for text in ("CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"):
+        assert "used up" in str(explained(RuntimeError(text)))
     assert explained(RuntimeError("the memory of a matrix")) is None
     assert "shorten it" in str(explained(OSError(errno.ENAMETOOLONG, "long", "/data/scan")))
     assert "Cannot write /cdrom" in str(explained(OSError(errno.EROFS, "read-only", "/cdrom")))

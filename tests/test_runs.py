@@ -1,6 +1,9 @@
 """A run folder knows the settings it was begun with, continues with these and no others, and says when it is done."""
 
+import errno
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -180,3 +183,38 @@ def test_a_folder_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
     other.wait()
     with held(tmp_path / "run"):
         pass
+
+
+def test_a_disk_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: Any, how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(GlocalError, match="knows no locks"), runs.held(tmp_path):
+        pytest.fail("it is not held")
+
+
+def test_a_child_that_lives_on_holds_no_folder(tmp_path: Path) -> None:
+    with runs.held(tmp_path):
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with runs.held(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_the_memory_of_every_gpu_counts_from_a_run_s_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = {0: 3 * 2**20, 1: 5 * 2**20}
+    assert "peak_gpu_memory_mib" not in runs.environment()
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", peaks.__getitem__)
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda number: peaks.update({number: 2**20}))
+    assert runs.environment()["peak_gpu_memory_mib"] == 5
+    runs.begin(tmp_path / "run", "pretrain", {})
+    assert runs.environment()["peak_gpu_memory_mib"] == 1

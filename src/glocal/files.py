@@ -17,7 +17,9 @@ from glocal.errors import GlocalError
 
 _OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _OUT_OF_SPACE_IN_WORDS = re.compile(r"os error (28|122)\b|requested and \d+ written")  # safetensors, NumPy
-_OUT_OF_MEMORY = re.compile(r"^OutOfMemoryError|^RuntimeError: .*can't allocate memory", re.DOTALL)  # torch: GPU, CPU
+_OUT_OF_MEMORY = re.compile(  # of PyTorch, on a GPU and on a CPU
+    r"^OutOfMemoryError|^\w+: .*(CUDA error: out of memory|_STATUS_ALLOC_FAILED|can't allocate memory)", re.DOTALL
+)
 _IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _UMASK = os.umask(0o077)  # can only be read by setting it: once, before there are threads
@@ -82,8 +84,8 @@ def explained(error: Exception, path: Path | None = None) -> str | None:
     code, where = getattr(error, "errno", None), path or getattr(error, "filename", None) or "a file"
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
         return (
-            "The memory of the GPU or of the machine is used up: end what else uses it, let less happen at the same "
-            "time (`batch`, --workers), or take smaller slices (`preprocess.size`), then start the same command again."
+            "The memory of the GPU or of the machine is used up: end what else uses it, let fewer happen at the same "
+            "time (--workers), or train in a new folder with a smaller `batch` or smaller slices (`preprocess.size`)."
         )
     if code in _OUT_OF_SPACE or _OUT_OF_SPACE_IN_WORDS.search(str(error)):
         return f"No space left on disk while writing {where}: free some space and start the same command again."

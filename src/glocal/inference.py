@@ -83,7 +83,7 @@ def predict(
     uncertainty: bool = False,
     passes: int = 0,
 ) -> list[Path]:
-    """Predict masks for images, in their native geometry, format and header.
+    """Predict masks for images, in their native geometry and format.
 
     DICOM series get NIfTI masks, `.mhd` images `.mha` masks and `.nhdr` images `.nrrd` masks: one file each. Beside
     them lie `predictions.json` (models, options, what was measured) and `cases.csv`, see `evaluation.cases`.
@@ -143,7 +143,7 @@ def predict(
             write_json(out / RECORD, record | {"writing": case.target})
             made = _predict_case(network, plan, case, volume, prepared, out / case.target, maps, where)
             record["cases"][case.name] = made
-        write_json(out / RECORD, record)
+            write_json(out / RECORD, record)
         if record["cases"]:
             _write_overview(out, record, plan, uncertainty)
     if unusable:

@@ -1,5 +1,6 @@
 """A run is a folder: the settings it was begun with, what made it, and whether it is done."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -23,6 +24,7 @@ from glocal.files import read_json, write_json, write_text
 
 # These say where and how fast a run computes, not what: it may continue elsewhere.
 _FREE_KEYS = {"device", "log"}
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
 FAILURE = "failure.txt"  # in the folder of a run that failed: why
 
 
@@ -47,6 +49,7 @@ def begin(folder: Path, kind: str, settings: dict[str, Any], options: type[BaseM
     Raises:
         GlocalError: the folder holds something else, or a run that was begun with other settings (names the key).
     """
+    _used_gpu_memory(forget=True)  # of what this process did before
     recipe = folder / "recipe.yaml"
     settings = yaml.safe_load(yaml.safe_dump({"kind": kind, **settings}, sort_keys=False))
     if recipe.exists():
@@ -112,7 +115,17 @@ def held(folder: Path) -> Iterator[None]:
             raise Busy(
                 f"Another process is working in {folder}: wait until it has ended, or choose another folder."
             ) from error
-        yield
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            raise GlocalError(
+                f"The disk of {folder} knows no locks, which keep two processes from writing the same files: choose a "
+                "folder on another disk, or have it mounted with flock."
+            ) from error
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # of processes that were forked meanwhile, too
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
@@ -169,8 +182,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Versions, machine, date and the peak memory of this process (MiB), on the GPU too if it has used one."""
-    torch = sys.modules.get("torch")
-    gpu = torch is not None and torch.cuda.is_initialized()
+    gpu = _used_gpu_memory()
     packages = ("torch", "lightning-fabric", "monai", "simpleitk", "numpy", "scipy")
     return {
         "glocal": __version__,
@@ -179,5 +191,17 @@ def environment() -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        **({"peak_gpu_memory_mib": torch.cuda.max_memory_allocated() // 2**20} if torch and gpu else {}),
+        **({} if gpu is None else {"peak_gpu_memory_mib": gpu}),
     }
+
+
+def _used_gpu_memory(forget: bool = False) -> int | None:
+    """The most of a GPU's memory (MiB) that this process held since it was to `forget` it; None if it used none."""
+    torch: Any = sys.modules.get("torch")  # which is slow to import, and was if it is used
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    peaks = [torch.cuda.max_memory_allocated(number) for number in range(torch.cuda.device_count())]
+    if forget:
+        for number in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(number)
+    return int(max(peaks)) // 2**20

@@ -151,7 +151,7 @@ def test_a_lack_of_memory_is_a_sentence_too(shell: Shell) -> None:
     shell.monkeypatch.setattr(recipe_module, "recipe_names", raising(MemoryError()))
     code, _, err = shell("recipes")
     assert code == 2
-    assert "let less happen at the same time (`batch`, --workers)" in err
+    assert "let fewer happen at the same time (--workers)" in err
 
 
 @pytest.mark.parametrize("error", [ValueError("our own mistake"), OSError(errno.EIO, "broken")])

@@ -250,9 +250,16 @@ def test_names_of_another_alphabet_and_dates_of_birth_stay_behind(tmp_path: Path
     dicom(images / "MU\u0308LLER Liver 02.01.1960", "1.2.4", "4711", "Mxller^Li", birth="19600102")
     for path in images.rglob("*.dcm"):
         path.write_bytes(path.read_bytes().replace(b"Mxller", b"M\xfcller"))  # as most scanners write it: Latin-1
-    collect(images, tmp_path / "out")
+    dicom(images / "Smith_Jones 02131960", "1.2.5", "", "Smith-Jones", birth="19600213")  # a name, but no ID
+    dicom(images / "Jones 2", "1.2.6", "", "Smith-Jones", birth="19600213")
+    collect(images, tmp_path / "out", subject="^([A-Za-z]+)")
     dataset = read_dataset(tmp_path / "out")
-    assert sorted(case.name for case in dataset.cases) == ["S001_Liver_S001", "S001_S001_S001"]
+    assert {case.name: case.subject for case in dataset.cases} == {
+        "S001_Liver_S001": "S001",
+        "S001_S001_S001": "S001",
+        "S002_S002_S002": "S002",
+        "S002_2": "S002",
+    }
 
 
 def test_subjects_are_found_in_paths(tmp_path: Path, images: Path) -> None:
@@ -284,11 +291,14 @@ def test_files_that_are_no_volume_are_named_all_at_once_or_excluded(tmp_path: Pa
         still = sitk.ReadImage(str(images / f"{case}.nii.gz"))
         sitk.WriteImage(sitk.JoinSeries([still, still]), str(images / f"{case}_4d.nii.gz"))
     dicom(images / "p2" / "scout", "1.2.3", "7", "A")
+    label(images / "p2" / "b_gt.nii.gz", 1)
     with pytest.raises(GlocalError, match=r"Not three-dimensional: .*a_4d\.nii\.gz, .*b_4d\.nii\.gz\. Split"):
-        collect(images, tmp_path / "out")
+        collect(images, tmp_path / "out", images)
     assert traces(tmp_path) == ["in"]
-    assert collect(images, tmp_path / "out", exclude=["*_4d*"]).cases == 3
-    assert collect(images, tmp_path / "fewer", exclude=["*_4d*", "*/scout"]).cases == 2
+    assert collect(images, tmp_path / "out", images, exclude=["*_4d*"]).cases == 3
+    made = collect(images, tmp_path / "fewer", images, exclude=["*_4d*", "*/scout"])
+    assert (made.cases, made.labelled) == (2, 1)
+    assert collect(images, tmp_path / "unlabelled", exclude=["*_4d*", "p2"]).cases == 1  # with its label map
     with pytest.raises(GlocalError, match="holds no NIfTI"):
         collect(images, tmp_path / "none", exclude=["p?"])
 

@@ -132,7 +132,7 @@ def test_a_store_that_another_process_makes_is_left_alone(raw):
     module.preprocess(raw, store, PreprocessOptions(size=(8, 8)))
     half = store / "images" / ".0123abcd.a.npy"  # which it is writing
     half.write_bytes(b"half")
-    with held(raw.parent / ".store"), pytest.raises(Busy, match="Another process is working in"):
+    with held(store), pytest.raises(Busy, match="Another process is working in"):
         module.preprocess(raw, store, PreprocessOptions(size=(8, 8)))
     assert half.exists()
     module.preprocess(raw, store, PreprocessOptions(size=(8, 8)))

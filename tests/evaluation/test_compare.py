@@ -87,8 +87,17 @@ def test_the_command_shows_which_masks_are_better(tmp_path: Path, monkeypatch: p
     assert done.exit_code == 0, done.output
     assert "paired by subject (6)" in done.output
     assert "6 : 0" in done.output
-    found = pd.read_csv(tmp_path / "good" / "comparison.csv").set_index(["metric", "class"])
+    found = pd.read_csv(tmp_path / "good" / "evaluation-against.csv").set_index(["metric", "class"])
     assert found.loc[("dice", "cavity"), "difference"] == pytest.approx(1 - 24 / 28)
+    assert set(found.index.get_level_values("class")) == {"cavity"}  # the mean of one class is no second test
+    assert found.loc[("dice", "cavity"), "p_holm"] == pytest.approx(2 / 2**6)
+    (tmp_path / "bad" / "case3.nii.gz").unlink()
+    assert "bad has no mask of 1 of 9 cases, which count as wholly wrong." in CliRunner().invoke(app, words).output
+
+
+def test_cases_beside_the_dataset_s_are_subjects_of_their_own() -> None:
+    found = compare(rows(0), rows(1), {"case0": "a", "case1": "a"}).set_index(["metric", "class"])
+    assert found.loc[("dice", "wall"), "subjects"] == 8
 
 
 def test_other_cases_are_refused() -> None:

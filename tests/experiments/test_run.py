@@ -314,6 +314,9 @@ def test_two_labels_and_nothing_to_measure_on(recipe: str, write_dataset: Any, t
     write_volume(out / "masks" / "c.nii.gz", corrected, mask.geometry)
     assert run(recipe, words, workers=1) == out
     assert not read_labels(out / "masks" / "c.nii.gz").array.any()  # what a person has corrected stays
+    (out / "masks" / "c.nii.gz").rename(raw / "labelsTr" / "c.nii.gz")  # it is a label map now
+    assert "Masks of the unlabelled volumes" in report(out).read_text(encoding="utf-8")
+    (raw / "labelsTr" / "c.nii.gz").unlink()
     again = run(recipe, [words[0], f"out={tmp_path / 'best'}", *words[2:4], "compare=[]"], workers=1)
     assert {path.split("/")[1] for path in trainings(again)} == {"pcl", "gcl"}  # nothing to compare: no random
 

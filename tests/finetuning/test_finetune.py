@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from glocal.data.image import read_image, read_labels
+from glocal.data.image import read_image, read_labels, write_volume
 from glocal.data.plan import PreprocessOptions
 from glocal.data.preprocess import preprocess
 from glocal.data.split import ProtocolOptions, Split
@@ -149,17 +150,22 @@ def test_names_of_another_dataset_are_other_people(
 def test_an_image_that_was_seen_under_another_name_is_refused(
     store: Store, raw: Path, tmp_path: Path, preprocessing: PreprocessOptions, cheap: dict[str, Any]
 ) -> None:
-    """A folder that was collected again is another dataset by its name, not by its images."""
+    """A folder that was collected again is another dataset by its name, and lies as its first case does."""
     again = tmp_path / "again"
     for path in (*raw.glob("imagesTr/*"), *raw.glob("labelsTr/*")):
         write_bytes(again / path.parent.name / path.name.replace("case", "S"), path.read_bytes())
+    turned = replace(
+        read_image([raw / "imagesTr" / "case0_0000.nii.gz"]).geometry, direction=(0, 1, 0, 1, 0, 0, 0, 0, 1)
+    )
+    write_volume(again / "imagesTr" / "A_0000.nii.gz", np.random.default_rng(0).normal(size=(8, 32, 32)), turned)
     write_json(again / "dataset.json", {**read_json(raw / "dataset.json"), "name": "Again"})
-    write_json(again / "split.json", {"pretrain": ["S0", "S2"], "test": ["S1"]})
+    write_json(again / "split.json", {"pretrain": ["A", "S0", "S2"], "test": ["S1"]})
     other = preprocess(again, tmp_path / "store", preprocessing, workers=1)
+    assert other.plan.axes != store.plan.axes
     pretrain(store, tmp_path / "pre", {**cheap, "method": "pcl", "max_iterations": 1, "batch": 4, "outputs": 8})
     with pytest.raises(GlocalError, match=r"Subject S1 would be tested on but was seen in pre-training"):
         finetune(other, tmp_path / "run", {**cheap, **SHORT}, tmp_path / "pre")
-    held_out = Split(0, ("S0", "S2"), (), ("S5",))  # store's test subject
+    held_out = Split(0, ("A", "S0", "S2"), (), ("S5",))  # store's test subject
     finetune(other, tmp_path / "run", {**cheap, **SHORT}, tmp_path / "pre", split=held_out)
 
 

@@ -20,7 +20,7 @@ def collect(
         typer.Option(
             metavar="REGEX",
             help="How the subject (person) is found in a volume's path: 'patient[0-9]+', or '^([^/]+)/' for the name "
-            "of the first folder. DICOM patient IDs count without.",
+            "of the first folder. DICOM patients are known without.",
         ),
     ] = None,
     exclude: Annotated[

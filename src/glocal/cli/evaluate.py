@@ -33,6 +33,7 @@ def evaluate(
 
     from glocal.evaluation import evaluate as evaluation
     from glocal.evaluation.compare import compare, subjects_beside
+    from glocal.evaluation.evaluate import NO_PREDICTION
     from glocal.files import replacing
 
     target = out or predictions / "evaluation.csv"
@@ -43,9 +44,13 @@ def evaluate(
     console.print(f"All {len(frame)} rows: {target}", markup=False, highlight=False, soft_wrap=True)
     if against is not None:
         other = evaluation.evaluate(against, labels, None, spacing_known=not spacing_unknown, tolerance=tolerance)
-        found, target = compare(frame, other, subjects_beside(labels)), target.with_name("comparison.csv")
+        found, target = compare(frame, other, subjects_beside(labels)), target.with_name(f"{target.stem}-against.csv")
         with replacing(target) as temporary:
             found.to_csv(temporary, index=False)
+        for folder, rows in ((predictions, frame), (against, other)):
+            if missing := rows[rows["note"] == NO_PREDICTION]["case"].nunique():
+                cases = f"{missing} of {rows['case'].nunique()} cases"
+                typer.secho(f"Warning: {folder} has no mask of {cases}, which count as wholly wrong.", fg="yellow")
         for metric in ("dice", "hd95"):
             if metric in set(found["metric"]):
                 console.print(comparison_table(found[found["metric"] == metric], predictions, against))

@@ -26,7 +26,7 @@ from glocal.data.image import (
     write_image,
     write_like,
 )
-from glocal.data.nifti import copy_without_text, is_nifti
+from glocal.data.nifti import copy_without_text, forms_of, is_nifti
 from glocal.data.pseudonyms import case_names, subjects_of
 from glocal.errors import GlocalError
 from glocal.files import appearing, replacing, write_text
@@ -82,7 +82,7 @@ def collect(
         name: of the dataset; the folder's name if not given.
         subject: a regular expression that finds the subject in the path of a volume that is not DICOM with a patient's
             ID; its first group, if it has one, else all that it finds. Not given: each such volume is a subject.
-        exclude: patterns such as `*_4d*`; what lies in `images` at a path that fits one is left out.
+        exclude: patterns such as `*_4d*`; what lies below `images` or `labels` at a path that fits one is left out.
 
     Raises:
         GlocalError: nothing to collect, an unreadable file, one that is not three-dimensional, a label map without
@@ -90,7 +90,7 @@ def collect(
             or lies within the sources.
     """
     _refuse_folders(images, dataset, labels)
-    label_files = _label_files(images, labels)
+    label_files = _label_files(images, labels, exclude)
     dicom_cases, left_out = _dicom_cases(images, exclude)
     sources = [*_file_cases(images, _image_files(images, label_files, exclude)), *dicom_cases]
     if not sources:
@@ -168,10 +168,10 @@ def _stem(path: Path) -> str:
     return path.name[: -len(file_ending(path))]
 
 
-def _label_files(images: Path, labels: Path | None) -> list[Path]:
+def _label_files(images: Path, labels: Path | None, exclude: Sequence[str]) -> list[Path]:
     if labels is None:
         return []
-    files = _volumes(labels)
+    files = [path for path in _volumes(labels) if not _excluded(path.relative_to(labels), exclude)]
     if images.resolve().is_relative_to(labels.resolve()):  # one folder for both: the suffix tells
         files = [path for path in files if _stem(path) != without_label_suffix(_stem(path))]
     if not files:
@@ -347,7 +347,7 @@ def _transfer(source: Path, target: Path, mapping: Mapping[int, int] | None = No
         for old, new in mapping.items():
             renumbered[array == old] = new
         write_like(target, renumbered, source)
-    elif is_nifti(source):
+    elif is_nifti(source) and forms_of(source):
         with replacing(target) as temporary:
             copy_without_text(source, temporary)
     else:

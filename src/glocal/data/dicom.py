@@ -106,6 +106,11 @@ class Patient(NamedTuple):
     name: str = ""
     birth: str = ""
 
+    @property
+    def known_by(self) -> str:
+        """What tells one patient from another."""
+        return self.identifier or self.name
+
 
 _PATIENT = ("0010|0020", "0010|0010", "0010|0030")
 _SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"

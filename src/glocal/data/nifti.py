@@ -1,4 +1,4 @@
-"""What SimpleITK does not tell of a NIfTI file, or does not keep: its two forms, its free text, its proper length."""
+"""What SimpleITK does not tell of a NIfTI-1 file, or does not keep: its two forms, its free text, its proper length."""
 
 import gzip
 import math
@@ -7,35 +7,17 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-ENDINGS = (".nii.gz", ".nii")
+_HEADER = 348  # bytes, as its own first number says
+_MAGIC = (b"n+1\0", b"ni1\0")
+_PIXDIM, _OFFSET, _UNITS, _CODES, _FORMS, _MAGIC_AT = 76, 108, 123, 252, 256, 344
+_TEXT = ((4, 10), (14, 18), (148, 80), (228, 24), (328, 16))  # begin and length of what people may write into
 _PACKED = b"\x1f\x8b"
 _COMPRESSION = 4  # level: half the time of the usual one, for files hardly larger
-
-
-class _Layout(NamedTuple):
-    """Where a version of the format keeps what is read here: byte offsets, and how its numbers are stored."""
-
-    size: int  # of the header
-    pixdim: int
-    codes: int
-    forms: int  # the quaternion, its offset, and the three rows: 18 numbers
-    units: int
-    offset: int  # where the voxels begin
-    real: str
-    whole: str
-    voxels: str
-    text: tuple[tuple[int, int], ...]  # begin and length of what people may write into
-
-
-_VERSIONS = {
-    348: _Layout(348, 76, 252, 256, 123, 108, "f", "h", "f", ((4, 10), (14, 18), (148, 80), (228, 24), (328, 16))),
-    540: _Layout(540, 104, 344, 352, 500, 168, "d", "i", "q", ((240, 80), (320, 24), (508, 16))),
-}
 
 
 @dataclass(frozen=True)
@@ -81,38 +63,38 @@ class Forms:
 
 def is_nifti(path: Path) -> bool:
     """Whether the name is that of a NIfTI file."""
-    return path.name.lower().endswith(ENDINGS)
+    return path.name.lower().endswith((".nii.gz", ".nii"))
 
 
 def forms_of(path: Path) -> Forms | None:
-    """What the header of a file says of the place of its voxels; None if it is no header of NIfTI."""
+    """What the header of a file says of the place of its voxels; None if it is no sound header of NIfTI-1."""
     with _opened(path) as file:
-        header = file.read(max(_VERSIONS))
-    if (found := _layout(header)) is None:
+        header = file.read(_HEADER)
+    order = _order(header)
+    if order is None:
         return None
-    layout, order = found
     return Forms(
-        codes=struct.unpack_from(f"{order}2{layout.whole}", header, layout.codes),
-        pixdim=struct.unpack_from(f"{order}4{layout.real}", header, layout.pixdim),
-        numbers=struct.unpack_from(f"{order}18{layout.real}", header, layout.forms),
-        millimetres=header[layout.units if order == "<" or layout.size == 348 else layout.units + 3] & 7 in (0, 2),
+        codes=struct.unpack_from(f"{order}2h", header, _CODES),
+        pixdim=struct.unpack_from(f"{order}4f", header, _PIXDIM),
+        numbers=struct.unpack_from(f"{order}18f", header, _FORMS),
+        millimetres=header[_UNITS] & 7 in (0, 2),
     )
 
 
 def write_forms(path: Path, forms: Forms) -> None:
-    """Give a file that SimpleITK wrote (NIfTI-1, little-endian) the forms of another of the same size.
+    """Give a file that SimpleITK wrote (little-endian) the forms of another of the same size.
 
     SimpleITK reads one form, writes it twice, and sets both codes to 1: a program that goes by the other form would
     show the file elsewhere. Of forms in other units than mm only the codes are taken over.
     """
     with _opened(path) as file:
         content = bytearray(file.read())
-    before = bytes(content[:348])
-    struct.pack_into("<2h", content, 252, *forms.codes)
+    before = bytes(content[:_HEADER])
+    struct.pack_into("<2h", content, _CODES, *forms.codes)
     if forms.millimetres:
-        struct.pack_into("<4f", content, 76, *forms.pixdim)
-        struct.pack_into("<18f", content, 256, *forms.numbers)
-    if content[:348] != before:
+        struct.pack_into("<4f", content, _PIXDIM, *forms.pixdim)
+        struct.pack_into("<18f", content, _FORMS, *forms.numbers)
+    if content[:_HEADER] != before:
         with open(path, "wb") as file, _packed(file, path) as target:
             target.write(content)
 
@@ -141,34 +123,31 @@ def is_complete(path: Path, dims: list[int], offset: int, bits: int) -> bool:
 
 
 def copy_without_text(source: Path, target: Path) -> None:
-    """Copy a file to a `.nii.gz`, without what may name a patient: free text, extensions, and gzip's own file name.
+    """Copy a file that has `forms_of` to a `.nii.gz`, without free text, extensions, and gzip's own file name.
 
-    Everything else is copied bit for bit.
+    These may name a patient. Everything else is copied bit for bit.
     """
     with _opened(source) as file:
-        header = bytearray(file.read(max(_VERSIONS)))
-        begin = len(header)
-        if found := _layout(header):  # SimpleITK reads some that are none, too
-            layout, order = found
-            for place, length in layout.text:
-                header[place : place + length] = bytes(length)
-            (offset,) = map(int, struct.unpack_from(f"{order}{layout.voxels}", header, layout.offset))
-            if offset > layout.size:  # what lies between are extensions
-                begin = offset
-                header = header[: layout.size] + bytes(4)
-                struct.pack_into(f"{order}{layout.voxels}", header, layout.offset, len(header))
+        header = bytearray(file.read(_HEADER))
+        order = _order(header)
+        for place, length in _TEXT:
+            header[place : place + length] = bytes(length)
+        (offset,) = struct.unpack_from(f"{order}f", header, _OFFSET)
+        if offset > _HEADER:  # what lies between are extensions
+            header += bytes(4)
+            struct.pack_into(f"{order}f", header, _OFFSET, len(header))
         with open(target, "wb") as raw, _packed(raw, target) as out:
             out.write(header)
-            file.seek(begin)
+            file.seek(max(_HEADER, int(offset)))
             shutil.copyfileobj(file, out, 1 << 20)
 
 
-def _layout(header: bytes | bytearray) -> tuple[_Layout, str] | None:
-    """The version of a header, and the order of its bytes."""
+def _order(header: bytes | bytearray) -> str | None:
+    """The order of the bytes of a header; None if it is none, or does not say where the voxels begin."""
     for order in "<>":
-        size = struct.unpack_from(f"{order}i", header)[0] if len(header) >= 4 else 0
-        if size in _VERSIONS and len(header) >= size:
-            return _VERSIONS[size], order
+        if len(header) == _HEADER and struct.unpack_from(f"{order}i", header)[0] == _HEADER:
+            begins = math.isfinite(struct.unpack_from(f"{order}f", header, _OFFSET)[0])
+            return order if begins and bytes(header[_MAGIC_AT:]) in _MAGIC else None
     return None
 
 

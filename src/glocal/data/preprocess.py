@@ -67,7 +67,8 @@ def preprocess(
     """
     dataset = read_dataset(dataset) if isinstance(dataset, Path) else dataset
     store = store.resolve()
-    with held(store.parent / f".{store.name}"):  # beside it: a store must begin empty
+    _refuse_other_folder(store)
+    with held(store):
         plan = _begin(dataset, store, options)
         records = {case.name: record for case in dataset.cases if (record := _untouched(case, store, plan))}
         cases = [case for case in dataset.cases if case.name not in records]
@@ -93,12 +94,17 @@ def preprocess(
     return Store.open(store)
 
 
+def _refuse_other_folder(store: Path) -> None:
+    if (store / "plan.json").is_file() or not store.exists():
+        return
+    if not store.is_dir() or any(not path.name.startswith(".") for path in store.iterdir()):
+        raise GlocalError(f"{store} is not empty and is no store: choose a new folder.")
+
+
 def _begin(dataset: Dataset, store: Path, options: PreprocessOptions) -> Plan:
     """The plan of a store begun earlier, or a new one; the frame of a store never changes, whatever cases come."""
     path = store / "plan.json"
     if not path.is_file():
-        if store.exists() and (not store.is_dir() or any(store.iterdir())):
-            raise GlocalError(f"{store} is not empty and is no store: choose a new folder.")
         plan = make_plan(dataset, options)
         write_json(path, {"name": dataset.name, "plan": plan.model_dump(mode="json")})
         return plan
@@ -191,6 +197,7 @@ def _arrays(case: Case, plan: Plan) -> tuple[list[NDArray[Any]], Record]:
             warnings.append(f"The field cuts off {1 - kept:.1%} of the labelled structures: enlarge field.")
     return arrays, {
         "voxels": hashlib.sha256(arrays[0].data).hexdigest(),
+        "image": hashlib.sha256(np.ascontiguousarray(volume.array).data).hexdigest()[:16],
         "slices": len(prepared.images),
         "labelled": case.label is not None,
         "spacing": volume.geometry.spacing,

@@ -23,8 +23,8 @@ def subjects_of(keys: Sequence[Path], patients: Sequence[Patient], pattern: str 
     Raises:
         GlocalError: the pattern is no regular expression, or finds nothing in a case's path.
     """
-    known = sorted({patient.identifier for patient in patients} - {""})
-    numbers = {identifier: f"S{number:03d}" for number, identifier in enumerate(known, start=1)}
+    known = sorted({patient.known_by for patient in patients} - {""})
+    numbers = {by: f"S{number:03d}" for number, by in enumerate(known, start=1)}
     try:
         search = re.compile(pattern).search if pattern else None
     except re.error as error:
@@ -32,10 +32,9 @@ def subjects_of(keys: Sequence[Path], patients: Sequence[Patient], pattern: str 
     found: list[str | None] = []
     without = []
     for key, patient in zip(keys, patients, strict=True):
-        match = search(key.as_posix()) if search and not patient.identifier else None
-        found.append(
-            numbers.get(patient.identifier) or (plain(match[min(1, match.re.groups)] or "") if match else None)
-        )
+        match = search(key.as_posix()) if search else None
+        in_path = plain(match[min(1, match.re.groups)] or "") if match else None
+        found.append(numbers.get(patient.known_by) or in_path)
         if search and not found[-1]:
             without.append(key.as_posix())
     if without:
@@ -68,15 +67,16 @@ def without_patient(name: str, patient: Patient, instead: str) -> str:
 
 def _secrets(patient: Patient) -> Iterator[str]:
     """Regular expressions of what tells a patient."""
-    for word in (patient.identifier, *re.split(r"[\^= ,]+", patient.name)):
+    for word in (patient.identifier, *re.split(r"[\^= ,'-]+", patient.name)):
         secret = re.escape(unicodedata.normalize("NFC", word))
         if len(word) > 2:
             yield secret
         elif len(word) == 2:  # which may be part of anything: as a word of its own only
             yield rf"(?<![^\W_]){secret}(?![^\W_])"
     if date := re.fullmatch(r"([0-9]{4})([0-9]{2})([0-9]{2})", patient.birth):
-        yield "[-_. ]?".join(date.groups())
-        yield "[-_. ]?".join(reversed(date.groups()))
+        year, month, day = date.groups()
+        for order in ((year, month, day), (day, month, year), (month, day, year)):
+            yield "[-_. ]?".join(order)
 
 
 def plain(name: str) -> str:

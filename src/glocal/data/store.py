@@ -32,7 +32,7 @@ _TYPES: dict[Kind, tuple[torch.dtype, torch.dtype]] = {  # in the files, and as 
 
 @dataclass(frozen=True)
 class StoredVolume:
-    """One volume of the store; spacing is the native one in mm, (x, y, z), and `image` tells its slices from others."""
+    """One volume of the store; spacing is the native one in mm, (x, y, z), `image` tells its voxels from others."""
 
     case: str
     subject: str
@@ -40,7 +40,7 @@ class StoredVolume:
     labelled: bool
     undo: Undo
     spacing: tuple[float, float, float]
-    image: str
+    image: str | None  # None in a store of before it was written
 
 
 class Store:
@@ -253,7 +253,7 @@ def _uncollected() -> Iterator[None]:
 def _stored(case: Mapping[str, Any], subject: str) -> StoredVolume:
     x, y, z = case["spacing"]
     undo = Undo.from_dict(case["undo"])
-    return StoredVolume(case["name"], subject, case["slices"], case["labelled"], undo, (x, y, z), case["voxels"][:16])
+    return StoredVolume(case["name"], subject, case["slices"], case["labelled"], undo, (x, y, z), case.get("image"))
 
 
 def _twins(cases: Sequence[Mapping[str, Any]]) -> dict[str, str]:

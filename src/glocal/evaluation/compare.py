@@ -15,12 +15,12 @@ _FIRST, _SECOND = "first", "second"
 
 
 def compare(first: pd.DataFrame, second: pd.DataFrame, subjects: Mapping[str, str] | None = None) -> pd.DataFrame:
-    """Paired differences of two evaluations, by metric and class, and of the mean over classes.
+    """Paired differences of two evaluations, by metric and class, and of the mean over several classes.
 
     Args:
         first: rows of `evaluate`.
         second: rows of `evaluate`, of the same cases.
-        subjects: whose each case is; without it every case is a subject of its own.
+        subjects: whose each case is; one that is not among them is a subject of its own.
 
     Returns:
         Columns metric, class, first, second (means over subjects), difference (first minus second), low, high (its 95 %
@@ -52,8 +52,9 @@ def subjects_beside(labels: Path) -> dict[str, str] | None:
 
 def _values(frame: pd.DataFrame, metric: str, masks: str, subjects: Mapping[str, str] | None) -> pd.DataFrame:
     """One value for each subject and class, and for the mean over classes, as `significance` has them."""
-    known = frame.assign(subject=frame["case"].map(subjects) if subjects else frame["case"])
-    both = pd.concat([known, known.assign(**{"class": FOREGROUND})])
+    both = frame.assign(subject=frame["case"].map(subjects or {}).fillna(frame["case"]))
+    if both["class"].nunique() > 1:  # of one class the mean would be the same test a second time
+        both = pd.concat([both, both.assign(**{"class": FOREGROUND})])
     values = per_subject(both, metric, ["class"]).rename("value").reset_index()
     return values.assign(masks=masks, split=0, draw=0)
 

@@ -137,7 +137,8 @@ def masks(run: Path, store: Store) -> list[Section]:
     if not (folder / CASES).exists():
         return []
     dataset, table = read_dataset(store.dataset), read_cases(folder)
-    flags = dict(zip(table["case"].astype(str), table["flags"].astype(str), strict=True))
+    there = [(folder / mask_name(case, dataset.file_ending)).exists() for case in table["case"]]  # others were moved
+    flags = dict(zip(table["case"][there].astype(str), table["flags"][there].astype(str), strict=True))
     pictures = [
         Picture(
             f"{case}: {flags[case]}" if flags[case] else case, _overlay(store, dataset, folder, case), "png", wide=True

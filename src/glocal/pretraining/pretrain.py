@@ -100,7 +100,7 @@ def pretrain(
             "dataset": store.name,
             "store": store.digest(),
             "subjects": subjects,
-            "images": [store.volumes[store.index_of(case)].image for case in cases],
+            "images": [image for case in cases if (image := store.volumes[store.index_of(case)].image)],
             "transductive": protocol.transductive,
             **({"labelled": list(draw.train)} if draw else {}),
             **runs.environment(),
