@@ -173,6 +173,7 @@ DEFECTS: list[tuple[str, str | None, Callable[[Path], object]]] = [
     ("description", None, lambda root: (root / "dataset.json").unlink()),
     ("description", None, lambda root: (root / "dataset.json").write_text("{")),
     ("no-images", None, lambda root: shutil.rmtree(root / "imagesTr")),
+    ("named-alike", None, lambda root: [image(root, f"p{k}_{time}") for k in (1, 2) for time in ("ED", "ES")]),
     ("count", None, lambda root: edit_description(root, numTraining=7)),
     ("no-labels", None, lambda root: shutil.rmtree(root / "labelsTr")),
     (
@@ -200,6 +201,20 @@ def test_a_planted_defect_is_found(root: Path, code: str, case: str | None, spoi
 
 def test_every_rule_is_planted() -> None:
     assert {code for code, *_ in DEFECTS} | {"placeholder-spacing"} == set(RULES)
+
+
+def test_names_alike_are_no_matter_where_subjects_say_so_or_where_many_are(root: Path) -> None:
+    for k in (1, 2):
+        for time in ("ED", "ES"):
+            image(root, f"p{k}_{time}")
+    assert "p1_ED and p1_ES, p2_ED and p2_ES have names alike" in found(root)["named-alike"].message
+    lines = [f"{case}\t{case.partition('_')[0]}\n" for case in ("a", "b", "c", "p1_ED", "p1_ES", "p2_ED", "p2_ES")]
+    (root / "subjects.tsv").write_text("case\tsubject\n" + "".join(lines))
+    assert "named-alike" not in found(root)
+    (root / "subjects.tsv").unlink()
+    for number in range(6):  # two studies, not two people
+        image(root, f"p1_{number}")
+    assert "named-alike" not in found(root)
 
 
 def test_a_placeholder_spacing_is_suspected_in_flat_volumes_only(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ K = TypeVar("K", bound=Hashable)
 TOLERANCE = 1e-3  # of direction cosines
 ROUNDING = 1e-5  # relative to the spacing; NIfTI rounds to single precision
 DISTINCT = 1.1  # slices lie along the axis whose spacing is this much larger than the others, as in preprocessing
+_FRAMES = 6  # of one person, at most: time points, sequences
 _FORMS_APART = 0.1  # voxels, as with two files
 TINY = 20  # voxels of foreground
 FLAT = 3  # a volume this much wider than high hardly has cubic voxels
@@ -69,7 +71,7 @@ def check(root: Path, workers: int | None = None) -> CheckReport:
         facts = list(track(inspected, "Checking", len(layout.images)))
     findings += [finding for fact in facts for finding in fact.findings]
     geometries = {fact.case: fact.geometry for fact in facts if fact.geometry}
-    findings += [*_absent_labels(layout, facts), *_duplicates(layout, facts)]
+    findings += [*_absent_labels(layout, facts), *_duplicates(layout, facts), *_named_alike(layout)]
     findings += [*_orientations(geometries), *_slice_axes(geometries), *_placeholder(list(geometries.values()))]
     order = ("error", "warning", "note")
     findings.sort(key=lambda finding: order.index(finding.severity))
@@ -272,6 +274,17 @@ def _letters(geometry: Geometry) -> str:
     """Where the axes point: x, y, z of DICOM point to Left, Posterior, Superior."""
     rows = np.abs(geometry.axes).argmax(axis=0)
     return "".join("LPS"[row] if geometry.axes[row, k] > 0 else "RAI"[row] for k, row in enumerate(rows))
+
+
+def _named_alike(layout: _Layout) -> list[Finding]:
+    """Cases of names such as p01_frame01 and p01_frame12, two or three to a name, that count as different people."""
+    begins = {case: re.fullmatch(r"(.*[0-9].*)[_-][^_-]+", case) for case in layout.images}
+    groups = _group((match[1], case) for case, match in begins.items() if match)
+    several = {begin: cases for begin, cases in groups.items() if len(cases) > 1}
+    parted = [f"{a} and {b}" for a, b, *_ in several.values() if layout.subjects[a] != layout.subjects[b]]
+    if len(parted) < 2 or max(map(len, several.values())) > _FRAMES:  # one group, or long ones: scanners, studies
+        return []
+    return [finding("named-alike", f"{raw.some(parted)} have names alike, but count as different subjects.")]
 
 
 def _orientations(geometries: dict[str, Geometry]) -> list[Finding]:

@@ -40,6 +40,10 @@ RULES: dict[str, tuple[Severity, str]] = {
     "no-labels": ("warning", "Pre-training works; fine-tuning and evaluation need label maps in labelsTr."),
     "duplicate": ("warning", "They will count as one subject: remove all but one, or correct subjects.tsv."),
     "duplicate-in-subject": ("warning", "Remove all but one: the same image counts more than once."),
+    "named-alike": (
+        "warning",
+        "If each pair is one person, give it one subject in subjects.tsv; `glocal collect --subject` fills it in.",
+    ),
     "count": ("warning", "Look whether files are missing, then correct numTraining in dataset.json."),
     "orientation": ("note", "Nothing to do: their axes will be reordered."),
     "slice-axis-mixed": ("warning", "Check one of each in a viewer; slices of different planes show different views."),
