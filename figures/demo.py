@@ -1,9 +1,11 @@
 """Draw docs/figures/demo.png from a finished demonstration: `python -m figures.demo [RUN]`."""
 
+import io
 import sys
 from pathlib import Path
 
 import pandas as pd
+from PIL import Image
 
 from figures.__main__ import FOLDER
 from glocal.data.dataset import read_dataset
@@ -29,7 +31,9 @@ def picture(run: Path) -> bytes:
         masks = dict(zip(NAMES.values(), shown.masks, strict=True))
         scores = dice.loc[order[place]].rename(NAMES).to_dict()
         rows.append(PictureRow(f"{word} case: {shown.title}", shown.image, shown.truth, masks, scores, shown.aspect))
-    return in_few_colours(picture_grid(rows, list(NAMES.values()), store.labels))
+    buffer, grid = io.BytesIO(), Image.open(io.BytesIO(picture_grid(rows, list(NAMES.values()), store.labels)))
+    grid.reduce(2).save(buffer, "png")  # the README shows it small, and noise is long to load
+    return in_few_colours(buffer.getvalue())
 
 
 if __name__ == "__main__":
